@@ -21,7 +21,7 @@ from examples.longhaul.serve_teachers import Options, serving
 from examples.quickstart.config import QuickstartConfig
 from examples.quickstart.screen import last_screen
 from megatron_klong.agent.collect import CollectError, collect
-from megatron_klong.agent.worker import Job
+from megatron_klong.agent.worker import Job, Played
 from megatron_klong.config import ConfigError, parse_command_line, write_resolved
 from megatron_klong.data.preprocess import PreprocessReport, preprocess
 from megatron_klong.data.shard import Shard
@@ -152,7 +152,7 @@ def play_episodes(run: Run, splits: Splits) -> list[EpisodeRecord]:
         jobs = [
             Job(
                 name=teacher,
-                task_folders=[str(run.task_folder(task)) for task in tasks],
+                episodes=[Played(task_folder=str(run.task_folder(task))) for task in tasks],
                 model=f"openai-api/teacher/{teacher}",
                 base_url=url,
                 tokenizer=str(run.tokenizer),

@@ -11,7 +11,7 @@ import asyncio
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,21 +25,33 @@ class CollectError(RuntimeError):
     """A worker that failed; the message names its job and its output."""
 
 
-def collect(jobs: Sequence[Job], *, workers: int, output_folder: Path) -> list[FinishedEpisode]:
-    """Run the jobs, `workers` at once; what a worker prints goes to a file of its own in `output_folder`."""
+def collect(
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    output_folder: Path,
+    on_finished: Callable[[FinishedEpisode], None] = lambda finished: None,
+) -> list[FinishedEpisode]:
+    """Run the jobs, `workers` at once; what a worker prints goes to a file of its own in `output_folder`.
+
+    on_finished is told of each episode as soon as its record is there; what it raises ends the collection.
+    """
     output_folder.mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_collect(jobs, workers, output_folder))
+    return asyncio.run(_collect(jobs, workers, output_folder, on_finished))
 
 
-async def _collect(jobs: Sequence[Job], workers: int, output_folder: Path) -> list[FinishedEpisode]:
+async def _collect(
+    jobs: Sequence[Job], workers: int, output_folder: Path, on_finished: Callable[[FinishedEpisode], None]
+) -> list[FinishedEpisode]:
     slots = asyncio.Semaphore(workers)
     finished: list[FinishedEpisode] = []
-    total = sum(len(job.task_folders) * job.epochs for job in jobs)
+    total = sum(len(job.episodes) for job in jobs)
     with tqdm(total=total, desc="episodes", unit="episode", delay=2, disable=None) as progress:
 
         async def play(job: Job) -> None:
             async with slots:
                 async for episode in _episodes(job, output_folder / f"{job.name}.txt"):
+                    on_finished(episode)
                     finished.append(episode)
                     progress.update()
 
@@ -47,14 +59,14 @@ async def _collect(jobs: Sequence[Job], workers: int, output_folder: Path) -> li
             async with asyncio.TaskGroup() as group:
                 for job in jobs:
                     group.create_task(play(job))
-        except* CollectError as errors:
+        except* Exception as errors:  # the first fault is the cause, also of the interruption of the others
             raise errors.exceptions[0] from None
     return finished
 
 
 async def _episodes(job: Job, output: Path) -> AsyncIterator[FinishedEpisode]:
     """Start a worker and yield what it finishes."""
-    expected = len(job.task_folders) * job.epochs
+    expected = len(job.episodes)
     with output.open("wb") as printed:
         worker = await asyncio.create_subprocess_exec(
             sys.executable,

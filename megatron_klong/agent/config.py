@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_klong.config import Config, Duration
 from megatron_klong.trajectory.context import ContextPolicy
@@ -51,6 +51,8 @@ class EpisodeConfig(Config):
     """Longest single command."""
     turn_limit: int = 2000
     """Most assistant turns."""
+    reply_tokens: int | None = Field(default=None, gt=0)
+    """Longest reply; without it, what the window has room for."""
     stall_limit: int = 10
     """Replies in a row without a tool call after which the episode ends."""
     engine_retries: int = 8

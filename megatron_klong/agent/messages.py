@@ -19,7 +19,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolDef
 
 from megatron_klong.trajectory.episode import TurnRecord
-from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall
+from megatron_klong.trajectory.schema import Message, Reading, Role, Sampled, ToolCall
 
 _READING_KEY = "klong_reading"
 _TURN_KEY = "klong_turn"
@@ -31,8 +31,8 @@ _ROLES: dict[type, Role] = {
 }
 
 
-def to_message(message: ChatMessage) -> Message:
-    """One Inspect message as ours."""
+def to_message(message: ChatMessage, sampled: Sampled | None = None) -> Message:
+    """One Inspect message as ours. `sampled`: the ids of a reply by our own policy."""
     calls: tuple[ToolCall, ...] = ()
     reasoning = None
     well_formed = True
@@ -40,7 +40,7 @@ def to_message(message: ChatMessage) -> Message:
         found = message.tool_calls or []
         calls = tuple(ToolCall(id=call.id, name=call.function, arguments=call.arguments) for call in found)
         reasoning = reasoning_of(message)
-        # The text of a call that could not be parsed is lost, so there is nothing exact to train on.
+        # The text of a call that could not be parsed is lost; without sampled ids there is nothing exact to train on.
         well_formed = all(call.parse_error is None for call in found)
     metadata = message.metadata or {}
     return Message(
@@ -51,6 +51,7 @@ def to_message(message: ChatMessage) -> Message:
         tool_call_id=message.tool_call_id if isinstance(message, ChatMessageTool) else None,
         reading=Reading(metadata.get(_READING_KEY, Reading.NONE)),
         trained=well_formed,
+        sampled=sampled,
     )
 
 

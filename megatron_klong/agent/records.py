@@ -7,43 +7,52 @@ from pathlib import Path
 from typing import Any
 
 from inspect_ai.log import EvalSample, read_eval_log, resolve_sample_attachments
+from inspect_ai.model import ChatMessage
 
 from megatron_klong.agent.ending import Ending
 from megatron_klong.agent.messages import to_message, turn_record
 from megatron_klong.agent.scaffold import STORE_KEY
+from megatron_klong.serve.turns import TurnStore
 from megatron_klong.trajectory.episode import EpisodeRecord, MessageRecord, PolicyRecord, write_episode
 
 
-def export_records(log_file: Path, folder: Path) -> list[Path]:
-    """Write a record for every sample of a log."""
+def export_records(log_file: Path, folder: Path, turns: TurnStore | None = None) -> list[Path]:
+    """Write a record for every sample of a log; `turns`: what was sampled, if a policy of our own played."""
     log = read_eval_log(str(log_file), resolve_attachments=True)
     samples = log.samples or []
-    return [write_episode(record_of(sample, log.eval.model, log_file.name), folder) for sample in samples]
+    return [write_episode(record_of(sample, log.eval.model, log_file.name, turns), folder) for sample in samples]
 
 
-def record_of(sample: EvalSample, model: str, log_name: str) -> EpisodeRecord:
-    """The record of one sample; `model` is Inspect's model name."""
+def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | None = None) -> EpisodeRecord:
+    """The record of one sample; `model` is Inspect's model name. Raises UnknownTurn for a turn `turns` lacks."""
     sample = resolve_sample_attachments(sample, "full")
+    metadata = sample.metadata or {}
     notes = sample.store.get(STORE_KEY) or {}
     ending, error = _ending(sample, notes)
-    turns = [turn for message in sample.messages if (turn := turn_record(message))]
+    played = [turn for message in sample.messages if (turn := turn_record(message))]
     return EpisodeRecord(
-        task=str(sample.id),
+        task=str(metadata.get("task", sample.id)),
         model=model.rsplit("/", 1)[-1],
-        epoch=sample.epoch,
+        epoch=metadata.get("rollout") or sample.epoch,
         ending=ending,
         error=error,
         score=_score(sample),
         seconds=sample.total_time or 0.0,
-        windows=1 + max((turn.window for turn in turns if turn.window is not None), default=-1),
-        messages=[MessageRecord.of(to_message(message)) for message in sample.messages],
+        windows=1 + max((turn.window for turn in played if turn.window is not None), default=-1),
+        messages=[_message_record(message, turns) for message in sample.messages],
         tools=notes.get("tools", []),
-        turns=turns,
+        turns=played,
         context=PolicyRecord.model_validate(notes["context"]) if "context" in notes else None,
         tokenizer_sha256=notes.get("tokenizer_sha256"),
         log=log_name,
         sample=sample.uuid or str(sample.id),
     )
+
+
+def _message_record(message: ChatMessage, turns: TurnStore | None) -> MessageRecord:
+    turn = turn_record(message)
+    sampled = turns[turn.key].reply if turns is not None and turn and turn.key else None
+    return MessageRecord.of(to_message(message, sampled))
 
 
 def _score(sample: EvalSample) -> float | None:

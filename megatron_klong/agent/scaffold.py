@@ -42,6 +42,8 @@ from megatron_klong.agent.messages import (
 )
 from megatron_klong.agent.reading import ReadingTracker
 from megatron_klong.agent.tools import PAPER, Toolbox, cut_middle
+from megatron_klong.serve.provider import KlongAPI
+from megatron_klong.serve.turns import TurnStore
 from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.episode import PolicyRecord, TurnRecord
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -161,8 +163,12 @@ async def _ask(episode: _Episode, prompt: Prompt, until_deadline: anyio.CancelSc
     reply = output.message
     episode.state.output = output
     episode.turns += 1
-    fingerprint = episode.live.add_turn(to_message(reply))
+    turns = sampled_turns()
+    if turns is not None and turns[reply.id or ""].prompt_sha256 != prompt.fingerprint.sha256:
+        raise ContextError(f"turn {episode.turns}: the engine was given another prompt than the context policy made")
+    fingerprint = episode.live.add_turn(to_message(reply, None if turns is None else turns[reply.id or ""].reply))
     turn = TurnRecord(
+        key=None if turns is None else reply.id,
         window=fingerprint.window if fingerprint else None,
         prompt_tokens=fingerprint.tokens if fingerprint else None,
         prompt_sha256=fingerprint.sha256 if fingerprint else None,
@@ -186,13 +192,22 @@ async def _generate(episode: _Episode, prompt: Prompt) -> ModelOutput | Exceptio
         output = await get_model().generate(
             _visible(episode, prompt),
             tools=episode.tools,
-            config=GenerateConfig(max_tokens=prompt.reply_tokens, max_retries=episode.config.engine_retries),
+            config=GenerateConfig(
+                max_tokens=min(prompt.reply_tokens, episode.config.reply_tokens or prompt.reply_tokens),
+                max_retries=episode.config.engine_retries,
+            ),
         )
     except LimitExceededError as limit:
         return limit
     except Exception as error:  # whatever the provider raises once it has given up
         return EngineFailed(f"{type(error).__name__}: {error}")
     return EngineFailed("the engine sent a reply without a choice") if output.empty else output
+
+
+def sampled_turns() -> TurnStore | None:
+    """What the model of this evaluation samples, if it is one of our own policies."""
+    api = get_model().api
+    return api.turns if isinstance(api, KlongAPI) else None
 
 
 def _visible(episode: _Episode, prompt: Prompt) -> list[ChatMessage]:

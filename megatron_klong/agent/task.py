@@ -40,13 +40,13 @@ def paper_replication(
     flags = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
     settings = load_config(EpisodeConfig, [config] if config else [], flags)
     chosen = load_tasks(Path(tasks), read_split(Path(split)) if split else None)
-    return episode_task(chosen, settings, tokenizer)
+    return episode_task([sample(paper_task) for paper_task in chosen], settings, tokenizer)
 
 
-def episode_task(tasks: list[PaperTask], settings: EpisodeConfig, tokenizer: str, name: str | None = None) -> Task:
-    """The same from loaded tasks and checked settings."""
+def episode_task(samples: list[Sample], settings: EpisodeConfig, tokenizer: str, name: str | None = None) -> Task:
+    """The same from samples and checked settings."""
     return Task(
-        dataset=[_sample(paper_task) for paper_task in tasks],
+        dataset=samples,
         solver=klong_scaffold(settings, tokenizer),
         scorer=rubric_score(settings.submission_bytes),
         sandbox="bubblewrap",
@@ -56,14 +56,20 @@ def episode_task(tasks: list[PaperTask], settings: EpisodeConfig, tokenizer: str
     )
 
 
-def _sample(paper_task: PaperTask) -> Sample:
+def sample(paper_task: PaperTask, rollout: int | None = None) -> Sample:
+    """A task to be played; rollout: which attempt at it, where Inspect's epochs do not count them."""
     files = paper_task.shown_files()
     programs = [shlex.quote(target) for target, file in files.items() if os.access(file, os.X_OK)]
     return Sample(
-        id=paper_task.id,
+        id=paper_task.id if rollout is None else f"{paper_task.id}.{rollout}",
         input=[ChatMessageUser(content=INSTRUCTIONS)],
         files={target: str(file.resolve()) for target, file in files.items()},
         # Inspect copies contents, not modes.
         setup="\n".join([f"mkdir -p {SUBMISSION}", *(f"chmod +x {program}" for program in programs)]),
-        metadata={"title": paper_task.title, "folder": str(paper_task.folder.resolve())},
+        metadata={
+            "task": paper_task.id,
+            "rollout": rollout,
+            "title": paper_task.title,
+            "folder": str(paper_task.folder.resolve()),
+        },
     )

@@ -9,37 +9,52 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from inspect_ai import eval as inspect_eval
 from inspect_ai.hooks import Hooks, SampleEnd, hooks
-from inspect_ai.model import get_model
+from inspect_ai.model import GenerateConfig, Model, get_model
 
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.paper_task import load_task
 from megatron_klong.agent.records import record_of
-from megatron_klong.agent.task import episode_task
+from megatron_klong.agent.task import episode_task, sample
 from megatron_klong.config import Config
+from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.trajectory.episode import write_episode
 
+POLICY = "klong/"
 _PR_SET_PDEATHSIG = 1
 
 
+class Played(Config):
+    """One episode to be played. rollout: which attempt at the task, from 1."""
+
+    task_folder: str
+    rollout: int = 1
+
+
 class Job(Config):
-    """One evaluation: which tasks, played by which model, under which settings."""
+    """One evaluation: which episodes, played by which model, under which settings."""
 
     name: str
-    task_folders: list[str]
+    episodes: list[Played]
     model: str
-    """An Inspect AI model name."""
+    """An Inspect AI model name; `klong/...` is a policy of our own, behind `base_url`."""
     base_url: str | None = None
+    temperature: float | None = None
+    """Of sampling; without it, the model's own default."""
     tokenizer: str
     settings: EpisodeConfig
-    epochs: int = 1
-    """Episodes a task."""
     max_episodes: int = 16
     """Episodes at once."""
     log_folder: str
     record_folder: str
+
+    @property
+    def turns_file(self) -> Path | None:
+        """Where what a policy of our own samples is kept, ids and log-probabilities."""
+        return Path(self.record_folder) / f"{self.name}.turns.jsonl" if self.model.startswith(POLICY) else None
 
 
 class FinishedEpisode(Config):
@@ -63,27 +78,41 @@ def main() -> int:
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     job = Job.model_validate_json(sys.stdin.buffer.read())
+    model = load_model(job)
+    turns = model.api.turns if isinstance(model.api, KlongAPI) else None
 
     @hooks(name="klong_records", description="Writes a record for every finished episode.")
     class Records(Hooks):
         async def on_sample_end(self, data: SampleEnd) -> None:
-            record = record_of(data.sample, job.model, job.name)
+            record = record_of(data.sample, job.model, job.name, turns)
             path = write_episode(record, Path(job.record_folder))
             finished = FinishedEpisode(
                 job=job.name, record=str(path), ending=record.ending, score=record.score, turns=len(record.turns)
             )
             lines.write(finished.model_dump_json() + "\n")
 
-    run(job)
+    run(job, model)
     return 0
 
 
-def run(job: Job) -> None:
+def load_model(job: Job) -> Model:
+    """The job's model as Inspect AI knows it."""
+    policy: dict[str, Any] = {"tokenizer": job.tokenizer, "turns": str(job.turns_file)} if job.turns_file else {}
+    return get_model(
+        job.model,
+        base_url=job.base_url,
+        api_key="unused" if job.base_url else None,
+        config=GenerateConfig(temperature=job.temperature),
+        **policy,
+    )
+
+
+def run(job: Job, model: Model) -> None:
     """Play the job's episodes, logs into its log folder."""
+    samples = [sample(load_task(Path(played.task_folder)), played.rollout) for played in job.episodes]
     logs = inspect_eval(
-        episode_task([load_task(Path(folder)) for folder in job.task_folders], job.settings, job.tokenizer, job.name),
-        model=get_model(job.model, base_url=job.base_url, api_key="unused" if job.base_url else None),
-        epochs=job.epochs,
+        episode_task(samples, job.settings, job.tokenizer, job.name),
+        model=model,
         max_samples=job.max_episodes,
         max_connections=job.max_episodes,
         max_subprocesses=job.max_episodes,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_klong.trajectory.segments import Segment, SegmentKind
+from megatron_klong.trajectory.sampled import decode, find, reasoning_range
 from megatron_klong.trajectory.tokenizer import Tokenizer
 
 UNNAMED = "unnamed"
@@ -43,17 +43,12 @@ class _Malformed(ValueError):
         self.arguments = arguments
 
 
-def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Text of sampled ids; those that pad the model's vocabulary mean nothing and are left out."""
-    return tokenizer.decode([identifier for identifier in ids if identifier < tokenizer.vocabulary_size])
-
-
 def parse(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas | None = None) -> ParsedTurn:
     """Read one reply, without the token that ended it."""
     control = tokenizer.control
-    start, end, answer = _reasoning_range(ids, control["<think>"], control["</think>"])
+    start, end, answer = reasoning_range(ids, tokenizer)
     rest = ids[answer:]
-    first_call = _find(rest, control["<tool_call>"], 0)
+    first_call = find(rest, control["<tool_call>"], 0)
     return ParsedTurn(
         reasoning=decode(tokenizer, ids[start:end]).strip(),
         content=decode(tokenizer, rest[:first_call]).strip(),
@@ -61,42 +56,15 @@ def parse(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas | None = No
     )
 
 
-def segments(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    """The ids of a reply, none changed and none added, as the segments that a rendered turn has after its header."""
-    start, end, answer = _reasoning_range(ids, tokenizer.control["<think>"], tokenizer.control["</think>"])
-    borders = (
-        (SegmentKind.THINK, 0, start),
-        (SegmentKind.REASONING, start, end),
-        (SegmentKind.THINK, end, answer),
-        (SegmentKind.ANSWER, answer, len(ids)),
-    )
-    return tuple(Segment(kind, True, list(ids[first:last])) for kind, first, last in borders if last > first)
-
-
-def _reasoning_range(ids: Sequence[int], opening: int, closing: int) -> tuple[int, int, int]:
-    """Where the reasoning starts and ends, and where the answer starts."""
-    start, end = _find(ids, opening, 0), _find(ids, closing, 0)
-    if start > end:  # closed before it was opened: all before it is reasoning
-        start = -1
-    if start == len(ids):
-        return 0, 0, 0
-    return start + 1, end, min(end + 1, len(ids))
-
-
-def _find(ids: Sequence[int], wanted: int, start: int) -> int:
-    """The first place of `wanted` from `start` on; the end where there is none."""
-    return next((place for place in range(start, len(ids)) if ids[place] == wanted), len(ids))
-
-
 def _calls(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas) -> list[ParsedCall]:
     opening, closing = tokenizer.control["<tool_call>"], tokenizer.control["</tool_call>"]
     found = []
     place = 0
     while place < len(ids):
-        end = min(_find(ids, closing, place), _find(ids, opening, place + 1))
+        end = min(find(ids, closing, place), find(ids, opening, place + 1))
         body = ids[place + 1 : end]
         found.append(_call(body, tokenizer, schemas, closed=end < len(ids) and ids[end] == closing))
-        place = _find(ids, opening, end)  # what stands between calls is not part of any
+        place = find(ids, opening, end)  # what stands between calls is not part of any
     return found
 
 
@@ -112,7 +80,7 @@ def _call(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas, *, closed:
 
 def _read_call(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas) -> tuple[str, dict[str, Any]]:
     control = tokenizer.control
-    place = _find(ids, control["<arg_key>"], 0)
+    place = find(ids, control["<arg_key>"], 0)
     name = decode(tokenizer, ids[:place]).strip()
     arguments: dict[str, Any] = {}
     if not name or "\n" in name or any(identifier in control.values() for identifier in ids[:place]):
@@ -121,13 +89,13 @@ def _read_call(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas) -> tu
     while place < len(ids):
         borders = [place]
         for tag in ("</arg_key>", "<arg_value>", "</arg_value>"):
-            borders.append(_find(ids, control[tag], borders[-1]))
+            borders.append(find(ids, control[tag], borders[-1]))
         if borders[-1] == len(ids):
             raise _Malformed("an <arg_key> is not followed by </arg_key>, <arg_value>, </arg_value>", name, arguments)
         key = decode(tokenizer, ids[borders[0] + 1 : borders[1]])
         between = decode(tokenizer, ids[borders[1] + 1 : borders[2]])
         text = decode(tokenizer, ids[borders[2] + 1 : borders[3]])
-        place = _find(ids, control["<arg_key>"], borders[3])
+        place = find(ids, control["<arg_key>"], borders[3])
         after = decode(tokenizer, ids[borders[3] + 1 : place])
         if between.strip() or after.strip():
             raise _Malformed("there is text between the arguments", name, arguments)

@@ -32,10 +32,11 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from megatron_klong.serve.client import Client, ServerError
-from megatron_klong.serve.parsing import ParsedTurn, parse, segments
+from megatron_klong.serve.parsing import ParsedTurn, parse
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
 from megatron_klong.serve.turns import SampledTurn, TurnStore
 from megatron_klong.trajectory.glm import GlmRenderer
+from megatron_klong.trajectory.sampled import sampled_segments
 from megatron_klong.trajectory.schema import Message, Role
 from megatron_klong.trajectory.segments import Segment, SegmentKind
 from megatron_klong.trajectory.tokenizer import load_tokenizer
@@ -120,7 +121,7 @@ class KlongAPI(ModelAPI):
 
     def _parse_turn(self, key: str) -> tuple[ParsedTurn, tuple[Segment, ...]]:
         body = self.turns[key].body
-        return parse(body, self._tokenizer), segments(body, self._tokenizer)
+        return parse(body, self._tokenizer), sampled_segments(body, self._tokenizer)
 
     def _sampled_ids(self, message: ChatMessageAssistant) -> list[int]:
         """A turn's ids as history shows it: reasoning that the message no longer holds is left out."""

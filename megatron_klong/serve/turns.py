@@ -15,6 +15,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from megatron_klong.serve.protocol import Completion
+from megatron_klong.trajectory.schema import Sampled
 
 
 class SampledTurn(BaseModel):
@@ -47,6 +48,11 @@ class SampledTurn(BaseModel):
     def body(self) -> tuple[int, ...]:
         """The ids without the stop token, which belongs to the message that follows."""
         return self.ids[:-1] if self.stopped else self.ids
+
+    @property
+    def reply(self) -> Sampled:
+        """As the transcript holds it."""
+        return Sampled(body=self.body, end=self.ids[-1] if self.stopped else None)
 
 
 class UnknownTurn(LookupError):

@@ -33,9 +33,12 @@ class ContextError(ValueError):
 
 
 class WindowEnd(StrEnum):
+    """Why a window ended; shards hold the place of each in this list, so append only."""
+
     OVERFLOW = "overflow"
     RERENDERED = "rerendered"
     FINISHED = "finished"
+    DIVERTED = "diverted"  # the policy ended its turn for another role than the scaffold went on in
 
 
 class DropReason(StrEnum):
@@ -120,6 +123,7 @@ class ContextTracker:
         self._segments: list[Segment] = []
         self._cumulative = [0]  # tokens before segment i
         self._cumulative_reasoning = [0]
+        self._cumulative_ends = [0]  # sampled ends
         self._cumulative_trained = [0]
         self._turns: list[_Turn] = []
         self._head_stop = 0
@@ -127,6 +131,8 @@ class ContextTracker:
         self._prefix_fixed = False
         self._history_start = 0
         self._stripped_below = 0  # reasoning before this segment is left out, for good
+        self._diverted_below = 0  # sampled ends before this segment are left out, for good
+        self._diverted = False
         self._user_message_since_turn = False
         self._first_new: int | None = None
         self._new_stop = 0  # behind the last new turn's end token
@@ -162,6 +168,8 @@ class ContextTracker:
         if self.turn_dropped:
             self._forget_dropped_turn()
         self._grow_prefix()
+        if self._diverted:
+            self._leave_out_sampled_end()
         if self._user_message_since_turn:
             self._strip_reasoning()
         if self.context_tokens + self.policy.reserve_tokens > self.policy.max_tokens:
@@ -234,6 +242,12 @@ class ContextTracker:
         self._stripped_below = len(self._segments)
         self._keep_history(self.policy.reserve_tokens)
 
+    def _leave_out_sampled_end(self) -> None:
+        self._diverted = False
+        self._close(WindowEnd.DIVERTED)
+        self._diverted_below = len(self._segments)
+        self._keep_history(self.policy.reserve_tokens)
+
     def _cut(self, end: WindowEnd, needed_tokens: int) -> None:
         self._close(end)
         self._keep_history(needed_tokens)
@@ -300,19 +314,29 @@ class ContextTracker:
         ranges: list[range] = []
         for part in self._parts(stop):
             start = part.start
-            for number in range(part.start, min(part.stop, self._stripped_below)):
-                if self._segments[number].kind is SegmentKind.REASONING:
+            for number in range(part.start, min(part.stop, max(self._stripped_below, self._diverted_below))):
+                if self._is_left_out(number):
                     ranges.append(range(start, number))
                     start = number + 1
             ranges.append(range(start, part.stop))
         return tuple(part for part in ranges if part)
+
+    def _is_left_out(self, number: int) -> bool:
+        match self._segments[number].kind:
+            case SegmentKind.REASONING:
+                return number < self._stripped_below
+            case SegmentKind.SAMPLED_END:
+                return number < self._diverted_below
+        return False
 
     # -- tokens
 
     def _append_after_turn(self, segments: Sequence[Segment]) -> None:
         for segment in segments:
             self._append(segment)
-            if segment.kind is not SegmentKind.TURN_END:
+            if segment.kind is SegmentKind.SAMPLED_END:
+                self._diverted = True
+            elif segment.kind is not SegmentKind.TURN_END or self._diverted:
                 continue
             if self.turn_dropped:
                 self._count_dropped(len(self._segments) - 1)
@@ -329,6 +353,8 @@ class ContextTracker:
         self._cumulative.append(self._cumulative[-1] + tokens)
         reasoning = tokens if segment.kind is SegmentKind.REASONING else 0
         self._cumulative_reasoning.append(self._cumulative_reasoning[-1] + reasoning)
+        end = tokens if segment.kind is SegmentKind.SAMPLED_END else 0
+        self._cumulative_ends.append(self._cumulative_ends[-1] + end)
         self._cumulative_trained.append(self._cumulative_trained[-1] + (tokens if segment.trained else 0))
         self.trainable_tokens = self._cumulative_trained[-1]
 
@@ -338,4 +364,6 @@ class ContextTracker:
             return 0
         stripped = min(max(self._stripped_below, start), stop)
         reasoning = self._cumulative_reasoning[stripped] - self._cumulative_reasoning[start]
-        return self._cumulative[stop] - self._cumulative[start] - reasoning
+        diverted = min(max(self._diverted_below, start), stop)
+        ends = self._cumulative_ends[diverted] - self._cumulative_ends[start]
+        return self._cumulative[stop] - self._cumulative[start] - reasoning - ends

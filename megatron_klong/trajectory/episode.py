@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_klong.files import write_atomically
 from megatron_klong.trajectory.context import ContextPolicy
-from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall, Transcript
+from megatron_klong.trajectory.schema import Message, Reading, Role, Sampled, ToolCall, Transcript
 
 EPISODE_SUFFIX = ".episode.json"
 
@@ -30,6 +30,20 @@ class ToolCallRecord(_Record):
     arguments: dict[str, Any]
 
 
+class SampledRecord(_Record):
+    """A reply as the ids that were sampled; end: the token that ended it, null if its length was cut."""
+
+    body: list[int]
+    end: int | None
+
+    @classmethod
+    def of(cls, sampled: Sampled) -> Self:
+        return cls(body=list(sampled.body), end=sampled.end)
+
+    def sampled(self) -> Sampled:
+        return Sampled(body=tuple(self.body), end=self.end)
+
+
 class MessageRecord(_Record):
     role: Role
     content: str
@@ -38,6 +52,7 @@ class MessageRecord(_Record):
     tool_call_id: str | None = None
     reading: Reading = Reading.NONE
     trained: bool = True
+    sampled: SampledRecord | None = None
 
     @classmethod
     def of(cls, message: Message) -> Self:
@@ -52,6 +67,7 @@ class MessageRecord(_Record):
             tool_call_id=message.tool_call_id,
             reading=message.reading,
             trained=message.trained,
+            sampled=SampledRecord.of(message.sampled) if message.sampled else None,
         )
 
     def message(self) -> Message:
@@ -65,12 +81,17 @@ class MessageRecord(_Record):
             tool_call_id=self.tool_call_id,
             reading=self.reading,
             trained=self.trained,
+            sampled=self.sampled.sampled() if self.sampled else None,
         )
 
 
 class TurnRecord(_Record):
-    """One turn: the window and fingerprint of its prompt (None if no window can hold the turn) and its seconds."""
+    """One turn: the window and fingerprint of its prompt (None if no window can hold the turn) and its seconds.
 
+    key: of the reply in the file of sampled turns; None if a teacher replied.
+    """
+
+    key: str | None = None
     window: int | None
     prompt_tokens: int | None
     prompt_sha256: str | None
@@ -142,6 +163,7 @@ class EpisodeRecord(_Record):
             tools=tuple(self.tools),
             messages=tuple(record.message() for record in self.messages),
             score=self.score,
+            tokenizer_sha256=self.tokenizer_sha256,
         )
 
 

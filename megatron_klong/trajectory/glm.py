@@ -2,7 +2,8 @@
 
 Always: segment borders fall on control tokens, so encoding piece by piece equals encoding the rendered text whole;
 an assistant turn ends with the next role's token, which is the turn's (trained when the turn is); missing reasoning
-renders as an empty think block, which is context and untrained.
+renders as an empty think block, which is context and untrained. A reply that a policy sampled under this tokenizer is
+taken as its ids, all trained: nothing of it is rendered, and its end is the token it sampled, if it sampled one.
 The template's rule that reasoning before the last user message is left out is not applied here: reasoning bodies are
 segments of their own, and the context policy decides which of them a window holds.
 Source of the format: the GLM-4.5 chat template (zai-org/GLM-4.5, `chat_template.jinja`).
@@ -10,8 +11,10 @@ Source of the format: the GLM-4.5 chat template (zai-org/GLM-4.5, `chat_template
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron_klong.trajectory.sampled import sampled_segments
 from megatron_klong.trajectory.schema import Message, Role, Transcript
 from megatron_klong.trajectory.segments import RenderedMessage, RenderedTranscript, Segment, SegmentKind
 from megatron_klong.trajectory.tokenizer import Tokenizer
@@ -49,7 +52,10 @@ class GlmRenderer:
         """Render every message, each in the light of the one before it."""
         messages: list[RenderedMessage] = []
         previous: Message | None = None
+        ids_are_ours = transcript.tokenizer_sha256 == self.tokenizer.sha256
         for message in transcript.messages:
+            if message.sampled is not None and not ids_are_ours:  # ids of another vocabulary: its text is what is left
+                message = replace(message, sampled=None)
             messages.append(self.message(message, previous))
             previous = message
         return RenderedTranscript(
@@ -75,6 +81,8 @@ class GlmRenderer:
         """The token that ends the last turn when no message follows: what the model would have had to say."""
         if last is None or last.role is not Role.ASSISTANT:
             return ()
+        if last.sampled is not None:
+            return () if last.sampled.end is None else (Segment(SegmentKind.TURN_END, True, [last.sampled.end]),)
         token = _ROLE_TOKENS[Role.TOOL if last.tool_calls else Role.USER]
         return (self._segment(SegmentKind.TURN_END, last.trained, [token]),)
 
@@ -90,13 +98,24 @@ class GlmRenderer:
                 Control("</tool_response>"),
             ]
         if previous is not None and previous.role is Role.ASSISTANT:
-            end = self._segment(SegmentKind.TURN_END, previous.trained, [role_token])
-            return [end, self._segment(kind, False, body)]
+            return [*self._turn_end(previous, role_token), self._segment(kind, False, body)]
         if message.role is Role.TOOL and previous is not None and previous.role is Role.TOOL:
             return [self._segment(kind, False, body)]
         return [self._segment(kind, False, [role_token, *body])]
 
+    def _turn_end(self, turn: Message, role_token: Control) -> list[Segment]:
+        """The token that ends a turn is the role token of what follows, but a sampled one may be another."""
+        if turn.sampled is None:
+            return [self._segment(SegmentKind.TURN_END, turn.trained, [role_token])]
+        sampled = turn.sampled.end == self.tokenizer.control[role_token]
+        end = Segment(SegmentKind.TURN_END, sampled, [self.tokenizer.control[role_token]])
+        if sampled or turn.sampled.end is None:
+            return [end]
+        return [Segment(SegmentKind.SAMPLED_END, True, [turn.sampled.end]), end]
+
     def _assistant(self, message: Message) -> list[Segment]:
+        if message.sampled is not None:
+            return [self.header, *sampled_segments(message.sampled.body, self.tokenizer)]
         trained = message.trained
         reasoning = (message.reasoning or "").strip()
         segments = [self.header]

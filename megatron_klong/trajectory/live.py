@@ -94,14 +94,15 @@ class LiveContext:
             visible=tuple(n for n, segment in enumerate(self._first_segment) if self._tracker.in_context(segment)),
             stripped_below=sum(self._tracker.is_stripped(segment) for segment in self._first_segment),
             fingerprint=fingerprint,
-            reply_tokens=self._tracker.policy.max_tokens - fingerprint.tokens,
+            # less one: a reply that is cut by its length is ended by the template
+            reply_tokens=self._tracker.policy.max_tokens - fingerprint.tokens - 1,
         )
 
     def add_turn(self, reply: Message) -> Fingerprint | None:
         """Append the reply and return the fingerprint of the prompt it is trained in.
 
         That is the prompt it was given, unless the reply is longer than was asked for: then the context is cut again
-        to make room, and None means that no window can hold it.
+        to make room, and None means that no window can hold it. A reply with sampled ids is taken as those.
         """
         rendered = self._render(reply)
         self._tracker.add_turn(rendered)

@@ -2,7 +2,8 @@
 
 Always: messages stand in the order in which they happened; a tool message follows the assistant message that
 called it; `trained` is false on assistant messages that no policy produced (demonstrations, synthetic text).
-Knows nothing of files, tokens or windows.
+A reply that our own policy sampled carries its token ids, which are never made anew from its text; for all else
+this module knows nothing of files, tokens or windows.
 """
 
 from collections.abc import Mapping
@@ -36,8 +37,16 @@ class ToolCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """A reply as token ids. end: the token that ended it, which is not in `body`; None if its length was cut."""
+
+    body: tuple[int, ...]
+    end: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One message. `reasoning` and `tool_calls` belong to assistants, `tool_call_id` and `reading` to tools."""
+    """One message. `reasoning`, `tool_calls`, `sampled` belong to assistants, `tool_call_id` and `reading` to tools."""
 
     role: Role
     content: str = ""
@@ -46,6 +55,7 @@ class Message:
     tool_call_id: str | None = None
     reading: Reading = Reading.NONE
     trained: bool = True
+    sampled: Sampled | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +64,7 @@ class Transcript:
 
     id: unique within its source, for reports ("rice/oracle").  task: what must not leak between train and
     validation.  source: the file it came from.  tools: OpenAI function definitions, as the model was shown them.
+    tokenizer_sha256: of the tokenizer whose ids `sampled` holds.
     """
 
     id: str
@@ -62,6 +73,7 @@ class Transcript:
     tools: tuple[Mapping[str, Any], ...]
     messages: tuple[Message, ...]
     score: float | None = None
+    tokenizer_sha256: str | None = None
 
     @property
     def turns(self) -> int:

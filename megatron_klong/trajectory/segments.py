@@ -23,6 +23,7 @@ class SegmentKind(IntEnum):
     REASONING = 7  # what stands between them; left out of history once a user message follows
     ANSWER = 8  # content and tool calls
     TURN_END = 9  # the next role's token, which is how a GLM-4.5 turn ends
+    SAMPLED_END = 10  # what a policy ended its turn with where another role came next; in that one window only
 
 
 _TRAINED = 0x40

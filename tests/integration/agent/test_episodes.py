@@ -14,7 +14,7 @@ from examples.longhaul.generate import generate_task
 from examples.longhaul.serve_teachers import Options, serving
 from megatron_klong.agent.collect import CollectError, collect
 from megatron_klong.agent.config import EpisodeConfig
-from megatron_klong.agent.worker import Job
+from megatron_klong.agent.worker import Job, Played
 from megatron_klong.config import load_config
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
 from megatron_klong.trajectory.episode import EpisodeRecord, read_episode
@@ -70,7 +70,7 @@ def play(
     """One episode in a worker process."""
     job = Job(
         name=model,
-        task_folders=[str(task)],
+        episodes=[Played(task_folder=str(task))],
         model=f"openai-api/teacher/{model}",
         base_url=url,
         tokenizer=str(tokenizer),

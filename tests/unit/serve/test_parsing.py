@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_klong.serve.parsing import UNNAMED, parse, segments
+from megatron_klong.serve.parsing import UNNAMED, parse
 from megatron_klong.trajectory.glm import GlmRenderer
+from megatron_klong.trajectory.sampled import sampled_segments
 from megatron_klong.trajectory.schema import Message, Role, ToolCall
 from megatron_klong.trajectory.segments import SegmentKind
 from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
@@ -68,7 +69,7 @@ def test_what_was_rendered_is_read_back(
     assert [(call.name, dict(call.arguments), call.error) for call in read.calls] == [
         (call.name, call.arguments, None) for call in calls
     ]
-    thought = [segment.ids for segment in segments(ids, tokenizer) if segment.kind is SegmentKind.REASONING]
+    thought = [segment.ids for segment in sampled_segments(ids, tokenizer) if segment.kind is SegmentKind.REASONING]
     assert "".join(map(tokenizer.decode, thought)) == reasoning.strip()
 
 
@@ -77,7 +78,7 @@ def test_nothing_that_can_be_sampled_raises(tokenizer: Tokenizer, data: st.DataO
     control = st.sampled_from(sorted(tokenizer.control.values()))
     ids = data.draw(st.lists(control | st.integers(0, tokenizer.vocabulary_size + 9), max_size=30))
     read = parse(ids, tokenizer)
-    assert [identifier for segment in segments(ids, tokenizer) for identifier in segment.ids] == ids
+    assert [identifier for segment in sampled_segments(ids, tokenizer) for identifier in segment.ids] == ids
     assert all(call.name for call in read.calls)
 
 

@@ -1,11 +1,12 @@
 """Transcripts for tests: a tokenizer one can read, builders that hide the boring fields, and random transcripts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
 from megatron_klong.trajectory.context import ContextPolicy
-from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall, Transcript
+from megatron_klong.trajectory.schema import Message, Reading, Role, Sampled, ToolCall, Transcript
 from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS, Tokenizer
 
 
@@ -51,7 +52,18 @@ def tool(text: str, reading: Reading = Reading.NONE) -> Message:
 
 
 def transcript(*messages: Message, tools: Sequence[dict[str, object]] = ()) -> Transcript:
-    return Transcript(id="t", task="t", source="test", tools=tuple(tools), messages=messages)
+    return Transcript(id="t", task="t", source="test", tools=tuple(tools), messages=messages, tokenizer_sha256="bytes")
+
+
+def sampled(text: str, end: str | None = "<|observation|>") -> Sampled:
+    """What a policy sampled: `text` with control tokens where it spells them, and the token that ended it."""
+    control = byte_tokenizer().control
+    body: list[int] = []
+    while text:
+        token = next((token for token in control if text.startswith(token)), None)
+        body += [control[token]] if token else list(text[0].encode())
+        text = text[len(token) if token else 1 :]
+    return Sampled(body=tuple(body), end=control[end] if end else None)
 
 
 def policy(
@@ -74,8 +86,15 @@ def policy(
 words = st.text(alphabet="ab <|user|></think>\n", max_size=30)
 
 
+def samples() -> st.SearchStrategy[Sampled]:
+    """Replies of a policy that may say anything and end anyhow."""
+    pieces = st.sampled_from(["<think>", "</think>", "\n", "a", "so ", "<tool_call>", "</tool_call>", "<|user|>"])
+    ends = st.sampled_from(["<|observation|>", "<|observation|>", "<|user|>", "<|endoftext|>", None])
+    return st.builds(sampled, st.lists(pieces, min_size=1, max_size=12).map("".join), ends)
+
+
 @st.composite
-def turns(draw: st.DrawFn) -> list[Message]:
+def turns(draw: st.DrawFn, by_policy: bool = False) -> list[Message]:
     """An assistant message and what follows it."""
     calls = [bash(draw(words)) for _ in range(draw(st.integers(0, 2)))]
     reply = assistant(
@@ -84,6 +103,8 @@ def turns(draw: st.DrawFn) -> list[Message]:
         calls=calls,
         trained=draw(st.integers(0, 9)) > 0,
     )
+    if by_policy and draw(st.integers(0, 2)):
+        reply = replace(reply, sampled=draw(samples()))
     readings = st.sampled_from([Reading.NONE, Reading.NONE, Reading.PART, Reading.COMPLETE])
     results = [tool(draw(words), draw(readings)) for _ in calls]
     # A reply without a call is answered by a user; now and then a user speaks after tools too.
@@ -93,12 +114,12 @@ def turns(draw: st.DrawFn) -> list[Message]:
 
 
 @st.composite
-def transcripts(draw: st.DrawFn) -> Transcript:
-    """A task, then turns; the last turn may lack what follows it."""
+def transcripts(draw: st.DrawFn, by_policy: bool = True) -> Transcript:
+    """A task, then turns; the last turn may lack what follows it. by_policy: some replies are sampled ids."""
     head = [user(draw(words))]
     if draw(st.booleans()):
         head.insert(0, system(draw(words)))
-    messages = [message for turn in draw(st.lists(turns(), max_size=25)) for message in turn]
+    messages = [message for turn in draw(st.lists(turns(by_policy), max_size=25)) for message in turn]
     if messages and draw(st.booleans()):
         messages.append(assistant(draw(words)))
     tools = [{"type": "function", "function": {"name": "bash"}}] if draw(st.integers(0, 3)) == 0 else []

@@ -1,6 +1,7 @@
 """Windows: where they are cut, what they hold, and that live agent and splitter agree."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from megatron_klong.trajectory.context import ContextError, ContextPolicy, DropR
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.live import LiveContext
 from megatron_klong.trajectory.replay import prompt_fingerprints
-from megatron_klong.trajectory.schema import Message, Reading, Role, Transcript
+from megatron_klong.trajectory.schema import Message, Reading, Role, Sampled, Transcript
 from megatron_klong.trajectory.segments import RenderedTranscript, Segment, SegmentKind
 from megatron_klong.trajectory.windows import SplitPlan, split
 from tests.unit.trajectory.builders import (
@@ -18,6 +19,7 @@ from tests.unit.trajectory.builders import (
     byte_tokenizer,
     policies,
     policy,
+    sampled,
     system,
     tool,
     transcript,
@@ -26,6 +28,7 @@ from tests.unit.trajectory.builders import (
 )
 
 RENDERER = GlmRenderer(byte_tokenizer())
+ENDS = ("<|observation|>", "<|user|>", None)
 
 
 def cut(made: Transcript, **settings: object) -> tuple[RenderedTranscript, SplitPlan]:
@@ -252,14 +255,18 @@ def test_windows_keep_their_promises(made: Transcript, rule: ContextPolicy) -> N
     assert plan.trainable_tokens == sum(len(segment) for segment in segments if segment.trained)
 
 
+_LEFT_OUT = (SegmentKind.REASONING, SegmentKind.SAMPLED_END)  # of history, whatever they follow
+_BETWEEN = (SegmentKind.OBSERVATION, SegmentKind.TURN_END, *_LEFT_OUT)
+
+
 def _results_follow_their_calls(segments: list[Segment], inside: list[int]) -> bool:
     """A tool result stands directly behind another result or behind the end of a turn with its answer in the window."""
     kept = set(inside)
     for number in inside:
         if segments[number].kind is SegmentKind.OBSERVATION:
             before = number - 1
-            while segments[before].kind in (SegmentKind.OBSERVATION, SegmentKind.TURN_END):
-                if before not in kept:
+            while segments[before].kind in _BETWEEN:
+                if before not in kept and segments[before].kind not in _LEFT_OUT:
                     return False
                 before -= 1
             if before not in kept:
@@ -280,13 +287,69 @@ def test_live_agent_and_splitter_see_the_same_tokens(made: Transcript, rule: Con
     for message in made.messages[rendered.head_stop :]:
         if message.role is Role.ASSISTANT:
             prompt = live.next_prompt()
-            assert prompt.fingerprint.tokens + prompt.reply_tokens == rule.max_tokens
+            assert prompt.fingerprint.tokens + prompt.reply_tokens + 1 == rule.max_tokens
             fingerprint = live.add_turn(message)
+            if message.sampled and len(message.sampled.body) <= prompt.reply_tokens:
+                assert fingerprint == prompt.fingerprint  # trained in the very prompt it was sampled in
             if fingerprint is not None:
                 seen.append(fingerprint)
         else:
             live.add_message(message)
     assert seen == list(prompt_fingerprints(made, RENDERER, rule))
+
+
+@settings(max_examples=200)
+@given(transcripts(), policies())
+def test_sampled_tokens_stand_behind_their_prompt_unchanged(made: Transcript, rule: ContextPolicy) -> None:
+    rendered = RENDERER.transcript(made)
+    plan = split(rendered, rule)
+    bodies = iter([message.sampled for message in made.messages if message.role is Role.ASSISTANT])
+    if plan.dropped_tokens:
+        return
+    for window in plan.windows:
+        ids: list[int] = []
+        masks: list[bool] = []
+        headers = []
+        for number in numbers(window):
+            segment = rendered.segments[number]
+            ids += segment.ids
+            masks += [segment.trained] * len(segment)
+            if segment.kind is SegmentKind.HEADER and number >= window.first_new:
+                headers.append(len(ids))
+        for start in headers:
+            reply = next(bodies)
+            if reply is None:
+                continue
+            expected = [*reply.body, *([] if reply.end is None else [reply.end])]
+            assert ids[start : start + len(expected)] == expected
+            assert all(masks[start : start + len(expected)])
+            if reply.end is None and start + len(expected) < len(ids):
+                assert not masks[start + len(expected)]  # the template's token: nobody sampled it
+    assert next(bodies, None) is None
+
+
+def test_a_turn_ended_for_another_role_ends_its_window_there() -> None:
+    replies = [Message(role=Role.ASSISTANT, sampled=sampled(f"go{n}", end)) for n, end in enumerate(ENDS)]
+    messages = [user("task"), *(m for reply in replies for m in (reply, tool("r")))]
+    rendered, plan = cut(transcript(*messages), max_tokens=300, keep=200)
+    assert [window.end for window in plan.windows] == [WindowEnd.DIVERTED, WindowEnd.FINISHED]
+    first, second = (text(rendered, window) for window in plan.windows)
+    assert first.endswith(
+        "<|assistant|>go0<|observation|>\n<tool_response>\nr\n</tool_response><|assistant|>go1<|user|>"
+    )
+    assert "go1<|observation|>\n<tool_response>" in second  # history shows what the scaffold made of it
+    assert second.endswith("go2<|observation|>")
+    # go0 and its end, go1 and its end; go2, whose length was cut: its end is the template's
+    assert [window.trained_tokens for window in plan.windows] == [4 + 4, 3]
+
+
+def test_sampled_ids_of_another_tokenizer_are_not_used() -> None:
+    reply = Message(role=Role.ASSISTANT, content="hi", sampled=Sampled(body=(5, 6), end=7))
+    ours = transcript(user("task"), reply)
+    others = replace(ours, tokenizer_sha256="others")
+    assert [5, 6] in [segment.ids for segment in RENDERER.transcript(ours).segments]
+    from_text = transcript(user("task"), assistant("hi"))
+    assert RENDERER.transcript(others).segments == RENDERER.transcript(from_text).segments
 
 
 def test_a_live_prompt_names_the_messages_in_context() -> None:

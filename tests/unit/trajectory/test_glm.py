@@ -149,7 +149,7 @@ def test_generated_transcripts_render_as_the_template_does(template: Template) -
     control = [token for token in CONTROL_TOKENS if token != "<|endoftext|>"]
 
     @settings(max_examples=200)
-    @given(transcripts())
+    @given(transcripts(by_policy=False))
     def check(made: Transcript) -> None:
         spelled = "".join(m.content + (m.reasoning or "") + str(m.tool_calls) for m in made.messages)
         if not any(token in spelled for token in control):
