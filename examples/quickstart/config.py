@@ -1,4 +1,8 @@
-"""What one can set about the quickstart."""
+"""What one can set about the quickstart; how SFT and RL train is in sft.toml and rl.toml."""
+
+from typing import Literal
+
+from pydantic import Field
 
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.config import Config
@@ -28,15 +32,28 @@ class TokenizerConfig(Config):
     vocabulary_size: int = 1500
 
 
+class EvaluationConfig(Config):
+    """How each of the four models is scored."""
+
+    rollouts_per_task: int = Field(default=4, gt=0)
+    """Episodes of each held-out task."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of sampling."""
+
+
 class QuickstartConfig(Config):
     """The whole run."""
 
     runs_folder: str = "runs/quickstart"
     """Each run makes a folder of its own in it."""
+    until: Literal["data", "sft", "rl"] = "rl"
+    """How far the recipe is run: to the shard, to the SFT model, or through the stages of RL."""
     seed: int = 0
     workers: int = 2
     """Evaluations at once, each in a process."""
     tasks: TasksConfig = TasksConfig()
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     episode: EpisodeConfig = EpisodeConfig()
+    """Of teachers and models alike; the stages of RL have time limits of their own."""

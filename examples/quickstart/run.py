@@ -1,32 +1,46 @@
-"""The quickstart: tasks -> teacher episodes in sandboxes -> scores -> shard -> report, by public functions.
+"""The quickstart: tasks -> teacher episodes -> shard -> SFT -> two stages of RL -> held-out scores -> report.
 
-Always: a run writes only into its own folder; it fails if a teacher's score, a replayed context or a token count is
-not what it must be; interrupted at any moment it leaves no process.
+Always: a run writes only into its own folder; it fails if a teacher's score, a replayed context, a token count or a
+log-probability is not what it must be; what the models score is reported as it is; interrupted at any moment it leaves
+no process.
 """
 
 import asyncio
 import json
 import signal
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.longhaul.corpus import training_texts
 from examples.longhaul.generate import Split, generate_tasks
 from examples.longhaul.serve_teachers import Options, serving
 from examples.quickstart.config import QuickstartConfig
+from examples.quickstart.folder import Run
 from examples.quickstart.screen import last_screen
+from examples.quickstart.training import (
+    RL_CONFIG,
+    SFT,
+    SFT_CONFIG,
+    SFT_PROCESSES,
+    UNTRAINED,
+    ProgramFailed,
+    evaluate,
+    rl_config,
+    train_rl_stage,
+    train_sft,
+    training_run,
+    weights_after,
+)
 from megatron_klong.agent.collect import CollectError, collect
 from megatron_klong.agent.worker import Job, Played
-from megatron_klong.config import ConfigError, parse_command_line, write_resolved
+from megatron_klong.config import ConfigError, parse_command_line
 from megatron_klong.data.preprocess import PreprocessReport, preprocess
 from megatron_klong.data.shard import Shard
 from megatron_klong.evaluate.report import write_report
+from megatron_klong.evaluate.training import TrainingRun
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
+from megatron_klong.serve.launch import ServerFailed
 from megatron_klong.trajectory.episode import EpisodeRecord, read_episode
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.replay import ReplayResult, replay
@@ -35,6 +49,7 @@ from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 
 CONFIG = Path(__file__).parent / "quickstart.toml"
 PROGRAM = "python -m examples.quickstart"
+MISMATCH = 1e-4
 
 
 class QuickstartFailed(RuntimeError):
@@ -50,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         run_all(command.config)
-    except (ConfigError, SandboxUnavailable, CollectError, QuickstartFailed) as error:
+    except (ConfigError, SandboxUnavailable, CollectError, ServerFailed, ProgramFailed, QuickstartFailed) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
     return 0
@@ -60,10 +75,17 @@ def plan(config: QuickstartConfig) -> str:
     """What a run would do."""
     train, heldout = config.tasks.train_turns, config.tasks.heldout_turns
     episodes = 2 * len(train + heldout) + len(heldout) * config.teachers.idle_plays
-    return (
-        f"# plan: {len(train)} training and {len(heldout)} held-out tasks, {episodes} episodes, about "
-        f"{2 * sum(train + heldout):,} turns; the training episodes become a shard below {config.runs_folder}"
-    )
+    lines = [
+        f"{len(train)} training and {len(heldout)} held-out tasks, {episodes} teacher episodes, about "
+        f"{2 * sum(train + heldout):,} turns; the training episodes become a shard below {config.runs_folder}",
+    ]
+    if config.until != "data":
+        lines.append(f"then SFT by {SFT_PROCESSES} processes ({SFT_CONFIG})")
+    if config.until == "rl":
+        lines.append(f"then the stages of RL ({RL_CONFIG})")
+    if config.until != "data":
+        lines.append(f"each model plays {len(heldout) * config.evaluation.rollouts_per_task} held-out episodes")
+    return "\n".join(f"# plan: {line}" for line in lines)
 
 
 def run_all(config: QuickstartConfig) -> None:
@@ -80,52 +102,19 @@ def run_all(config: QuickstartConfig) -> None:
         replays = replay_contexts(run, records)
     with run.phase("shard"):
         preprocessing = make_shard(run, records, splits)
+    models = train_and_score(run, splits["heldout"])
+    played = [record for records in models.values() for record in records]
+    with run.phase("replay"):
+        replays |= replay_contexts(run, played)
+    training = training_run(run, list(models))
     with run.phase("report"):
-        report = make_report(run, splits, records, replays)
-    check_results(records, replays, preprocessing, splits)
-    print(last_screen(run.folder, report, records, replays, preprocessing, splits, run.seconds))
+        report = make_report(run, splits, [*records, *played], replays, training)
+    check_results(records, replays, preprocessing)
+    check_log_probs(training)
+    print(last_screen(run, report, [*records, *played], replays, preprocessing, splits, training))
 
 
 type Splits = Mapping[str, Sequence[str]]  # "train" and "heldout" -> task ids
-
-
-@dataclass(kw_only=True)
-class Run:
-    """One run: its settings, its folder, and how long its phases took."""
-
-    config: QuickstartConfig
-    folder: Path
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, config: QuickstartConfig) -> "Run":
-        runs = Path(config.runs_folder)
-        folder = runs / datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder.mkdir(parents=True)
-        latest = runs / "latest"
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(folder.name)
-        write_resolved(config, folder / "config.toml")
-        print(f"run folder: {folder}", flush=True)
-        return cls(config=config, folder=folder)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        print(f"{name} ...", flush=True)
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / "tokenizer"
-
-    @property
-    def shard(self) -> Path:
-        return self.folder / "shards" / "sft"
-
-    def task_folder(self, task: str) -> Path:
-        return self.folder / "tasks" / "papers" / task
 
 
 def make_tasks(run: Run) -> Splits:
@@ -182,19 +171,43 @@ def make_shard(run: Run, records: Sequence[EpisodeRecord], splits: Splits) -> Pr
     return preprocess(sorted(files), run.shard, load_tokenizer(run.tokenizer), policy)
 
 
+def train_and_score(run: Run, heldout: Sequence[str]) -> dict[str, list[EpisodeRecord]]:
+    """As much of the training as is wanted; the held-out episodes of each model, in order of training."""
+    scored: dict[str, list[EpisodeRecord]] = {}
+    if run.config.until == "data":
+        return scored
+    with run.phase("sft"):
+        train_sft(run)
+    for model, weights in ((UNTRAINED, run.sft / "initial_hugging_face"), (SFT, run.sft / "hugging_face")):
+        with run.phase(f"evaluate {model}"):
+            scored[model] = evaluate(run, model, weights, heldout)
+    stages = rl_config(run).stages if run.config.until == "rl" else ()
+    for stage in stages:
+        with run.phase(f"rl {stage.name}"):
+            train_rl_stage(run, stage.name)
+        with run.phase(f"evaluate {stage.name}"):
+            scored[stage.name] = evaluate(run, stage.name, weights_after(run), heldout)
+    return scored
+
+
 def make_report(
-    run: Run, splits: Splits, records: Sequence[EpisodeRecord], replays: Mapping[str, ReplayResult]
+    run: Run,
+    splits: Splits,
+    records: Sequence[EpisodeRecord],
+    replays: Mapping[str, ReplayResult],
+    training: TrainingRun,
 ) -> Path:
     """Write the page."""
     return write_report(
         run.folder / "report",
-        title="Quickstart: scripted teachers on long tasks",
+        title="Quickstart: the recipe on long tasks, with a tiny model",
         records=records,
         shard=Shard(run.shard),
         preprocessing=json.loads(run.shard.with_name("sft.report.json").read_bytes()),
         replays=replays,
         splits={task: split for split, tasks in splits.items() for task in tasks},
-        facts={f"seconds, {phase}": f"{seconds:.1f}" for phase, seconds in run.seconds.items()},
+        facts={"run folder": str(run.folder), "checkpoints": f"{run.sft}, {run.rl}"},
+        training=training,
     )
 
 
@@ -202,16 +215,26 @@ def check_results(
     records: Sequence[EpisodeRecord],
     replays: Mapping[str, ReplayResult],
     preprocessing: PreprocessReport,
-    splits: Splits,
 ) -> None:
-    """Fail if the run contradicts what it is to show. Raises QuickstartFailed."""
+    """Fail if the run contradicts what it is to show. `records`: of the teachers. Raises QuickstartFailed."""
+    for name, result in replays.items():
+        if not result.agrees:
+            turns = result.mismatches
+            raise QuickstartFailed(f"{name}: the live context differs from the splitter's at turns {turns[:5]}")
     for record in records:
         low, high = {"oracle": (1.0, 1.0), "imperfect": (0.01, 0.99), "idle": (0.0, 0.0)}[record.model]
         if record.score is None or not low <= round(record.score, 9) <= high:
             raise QuickstartFailed(f"{record.id} scored {record.score}, expected {low} to {high} ({record.ending})")
-        if not replays[record.id].agrees:
-            turns = replays[record.id].mismatches
-            raise QuickstartFailed(f"{record.id}: the live context differs from the splitter's at turns {turns[:5]}")
     accounted = preprocessing.trained_tokens + sum(preprocessing.dropped_tokens.values())
     if accounted != preprocessing.trainable_tokens:
         raise QuickstartFailed(f"{preprocessing.trainable_tokens} trainable tokens, accounted for are {accounted}")
+
+
+def check_log_probs(training: TrainingRun) -> None:
+    """Trainer and engine agree on every sampled token that was trained. Raises QuickstartFailed."""
+    for line in training.rl:
+        if line["mismatch_max"] > MISMATCH:
+            raise QuickstartFailed(
+                f"{line['stage']}, iteration {line['iteration']}: trainer and engine differ by {line['mismatch_max']} "
+                f"in the log-probability of a sampled token, allowed are {MISMATCH}"
+            )

@@ -4,7 +4,6 @@ Inspect allows one evaluation a process, so a collector runs several of these. A
 disk before its line is printed; the process ends when its parent does, and takes its sandboxes along.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -20,11 +19,12 @@ from megatron_klong.agent.paper_task import load_task
 from megatron_klong.agent.records import record_of
 from megatron_klong.agent.task import episode_task, sample
 from megatron_klong.config import Config
+from megatron_klong.processes import end_with_parent
 from megatron_klong.serve.provider import KlongAPI
-from megatron_klong.trajectory.episode import write_episode
+from megatron_klong.serve.turns import write_turns
+from megatron_klong.trajectory.episode import EPISODE_SUFFIX, write_episode
 
 POLICY = "klong/"
-_PR_SET_PDEATHSIG = 1
 
 
 class Played(Config):
@@ -51,10 +51,10 @@ class Job(Config):
     log_folder: str
     record_folder: str
 
-    @property
-    def turns_file(self) -> Path | None:
-        """Where what a policy of our own samples is kept, ids and log-probabilities."""
-        return Path(self.record_folder) / f"{self.name}.turns.jsonl" if self.model.startswith(POLICY) else None
+
+def sampled_file(record: Path) -> Path:
+    """What a policy of our own sampled in an episode: ids and log-probabilities by turn, beside the record."""
+    return record.with_name(record.name.removesuffix(EPISODE_SUFFIX) + ".turns.jsonl")
 
 
 class FinishedEpisode(Config):
@@ -69,7 +69,7 @@ class FinishedEpisode(Config):
 
 def main() -> int:
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent:  # it ended before the line above
         return 1
     # Inherited as ignored when the whole run was started in the background; then Inspect could not clean up.
@@ -85,6 +85,9 @@ def main() -> int:
     class Records(Hooks):
         async def on_sample_end(self, data: SampleEnd) -> None:
             record = record_of(data.sample, job.model, job.name, turns)
+            if turns is not None:
+                sampled = turns.take(turn.key for turn in record.turns if turn.key)
+                write_turns(sampled, sampled_file(Path(job.record_folder) / record.file_name))
             path = write_episode(record, Path(job.record_folder))
             finished = FinishedEpisode(
                 job=job.name, record=str(path), ending=record.ending, score=record.score, turns=len(record.turns)
@@ -97,7 +100,11 @@ def main() -> int:
 
 def load_model(job: Job) -> Model:
     """The job's model as Inspect AI knows it."""
-    policy: dict[str, Any] = {"tokenizer": job.tokenizer, "turns": str(job.turns_file)} if job.turns_file else {}
+    policy: dict[str, Any] = {}
+    if job.model.startswith(POLICY):
+        # of all its episodes, also of those that never end; on disk before a reply is acted on
+        turns = Path(job.record_folder) / f"{job.name}.sampling.jsonl"
+        policy = {"tokenizer": job.tokenizer, "turns": str(turns)}
     return get_model(
         job.model,
         base_url=job.base_url,

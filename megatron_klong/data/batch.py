@@ -49,7 +49,9 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [windows + 1] int32
     longest_window_tokens: int
     advantages: torch.Tensor | None = None  # [rows, tokens] float32, of the label
-    rollout_log_probs: torch.Tensor | None = None  # [rows, tokens] float32, of the label, natural logarithm
+    token_weights: torch.Tensor | None = None  # [rows, tokens] float32, of the label
+    rollout_log_probs: torch.Tensor | None = None  # [rows, tokens] float32, of the label, by the engine
+    old_log_probs: torch.Tensor | None = None  # [rows, tokens] float32, of the label, by the trainer before the update
 
     @property
     def tokens(self) -> int:

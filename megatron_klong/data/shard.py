@@ -63,8 +63,17 @@ class ShardWriter:
     """Writes one shard. Use as a context manager: leaving it normally publishes the shard, an exception discards it."""
 
     def __init__(
-        self, prefix: Path, tokenizer: Tokenizer, policy: ContextPolicy, *, renderer: str, overwrite: bool
+        self,
+        prefix: Path,
+        tokenizer: Tokenizer,
+        policy: ContextPolicy,
+        *,
+        renderer: str,
+        overwrite: bool,
+        vocabulary_size: int | None = None,
     ) -> None:
+        """vocabulary_size: of the model that sampled the transcripts; it may be padded beyond its tokenizer's."""
+        vocabulary_size = max(tokenizer.vocabulary_size, vocabulary_size or 0)
         self._prefix = prefix
         self._header = {
             "format": FORMAT,
@@ -73,7 +82,7 @@ class ShardWriter:
             "tokenizer": {
                 "file": Path(tokenizer.path).name,
                 "sha256": tokenizer.sha256,
-                "vocabulary_size": tokenizer.vocabulary_size,
+                "vocabulary_size": vocabulary_size,
                 "control_tokens": dict(tokenizer.control),
             },
             "policy": asdict(policy),
@@ -81,7 +90,7 @@ class ShardWriter:
             "sequence_modes": True,
         }
         self._overwrite = overwrite
-        self._vocabulary_size = tokenizer.vocabulary_size
+        self._vocabulary_size = vocabulary_size
         self._windows: list[tuple[int, int, Window]] = []  # document, its first sequence
         self._documents: list[dict[str, Any]] = []
         self._counts: Counter[str] = Counter()

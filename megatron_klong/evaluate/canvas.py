@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _DOTS_PER_INCH = 170
 _LONGEST_NAME = 28
+_INCHES_A_LETTER = 0.085  # at font size 9
+_FEWEST_LETTERS = 7  # of a name that is cut before it is turned upright
 _MARKERS = "osD^vPX"
 _HATCHES = ("", "////", "....", "xxxx")
 
@@ -48,7 +50,7 @@ LIGHT = Theme(
     muted="#5c6670",
     grid="#e3e7ea",
     band="#f2f4f6",
-    cycle=("#0072b2", "#d55e00", "#009e73", "#b5578f", "#e69f00", "#56b4e9"),
+    cycle=("#0072b2", "#d55e00", "#009e73", "#b5578f", "#e69f00", "#56b4e9", "#3b4148"),
     prefix="#5d6b78",
     overlap="#b9c3cc",
     new="#4353c4",
@@ -60,7 +62,7 @@ DARK = Theme(
     muted="#a3adb6",
     grid="#2c3238",
     band="#1e2328",
-    cycle=("#4aa3df", "#f27d3c", "#2fbf94", "#dd8fbe", "#f2b63c", "#8fd0f7"),
+    cycle=("#4aa3df", "#f27d3c", "#2fbf94", "#dd8fbe", "#f2b63c", "#8fd0f7", "#d5dade"),
     prefix="#8493a1",
     overlap="#46525d",
     new="#8f9dff",
@@ -129,10 +131,10 @@ def _style(theme: Theme) -> dict[Any, Any]:
     }
 
 
-def short(name: str) -> str:
-    """A name on one line that fits beside a plot."""
+def short(name: str, letters: int = _LONGEST_NAME) -> str:
+    """A name on one line of at most so many letters; by default it fits beside a plot."""
     line = " ".join(name.split())
-    return line if len(line) <= _LONGEST_NAME else line[: _LONGEST_NAME - 1] + "…"
+    return line if len(line) <= letters else line[: letters - 1] + "…"
 
 
 def color_legend(figure: "Figure", names: Sequence[str], colors: Sequence[str], hatches: Sequence[str] = ()) -> None:
@@ -174,6 +176,33 @@ def whole_numbers(axes: "Axes", axis: str) -> None:
     chosen = axes.xaxis if axis == "x" else axes.yaxis
     chosen.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1, steps=[1, 2, 5, 10]))
     chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def stage_bands(axes: "Axes", spans: Sequence[tuple[str, int, int]], theme: Theme, *, named: bool = True) -> None:
+    """Stages behind a plot whose x counts from 1: name, first and last place. The names stand above the axes."""
+    places = spans[-1][2]
+    width = axes.get_figure(root=True).get_size_inches()[0] - 1.0  # type: ignore[union-attr]
+    for number, (name, first, last) in enumerate(spans):
+        if number % 2:
+            axes.axvspan(first - 0.5, last + 0.5, color=theme.band, zorder=0, linewidth=0)
+        if number:
+            axes.axvline(first - 0.5, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+        if named:
+            letters = int(width * (last - first + 1) / places / _INCHES_A_LETTER)
+            crowded = letters < _FEWEST_LETTERS and letters < max(map(len, name.split("\n")))
+            axes.text(
+                (first + last) / 2,
+                1.02,
+                "\n".join(short(line, 2 * _FEWEST_LETTERS if crowded else letters) for line in name.split("\n")),
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                rotation=90 if crowded else 0,
+                fontsize=9,
+                color=theme.muted,
+            )
+    axes.set_xlim(0.5, places + 0.5)
+    axes.grid(False, axis="x")
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:

@@ -65,8 +65,10 @@ def fixed(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
-def headlines(episodes: Sequence[EpisodeRow], scores: Sequence[ScoreRow], account: TokenAccount) -> list[Headline]:
-    """The figures at the top."""
+def headlines(
+    episodes: Sequence[EpisodeRow], scores: Sequence[ScoreRow], account: TokenAccount, models: Sequence[str] = ()
+) -> list[Headline]:
+    """The figures at the top. models: the policies that were trained, the best of which is named before others."""
     num_policies, num_tasks = (len({getattr(episode, name) for episode in episodes}) for name in ("policy", "task"))
     endings = Counter(words(episode.ending) for episode in episodes)
     finished = endings.pop(words(Ending.FINISHED), 0)
@@ -83,7 +85,7 @@ def headlines(episodes: Sequence[EpisodeRow], scores: Sequence[ScoreRow], accoun
             value=f"{len(episodes):,}",
             note=f"{num_policies:,} {kinds} on {plural(num_tasks, 'task')}",
         ),
-        _best_heldout(scores),
+        _best_heldout(scores, models),
         Headline(
             label="Finished",
             value=f"{finished:,} of {len(episodes):,}" if episodes else MISSING,
@@ -112,22 +114,22 @@ def headlines(episodes: Sequence[EpisodeRow], scores: Sequence[ScoreRow], accoun
     ]
 
 
-def _best_heldout(scores: Sequence[ScoreRow]) -> Headline:
+def _best_heldout(scores: Sequence[ScoreRow], models: Sequence[str]) -> Headline:
     label = "Best held-out mean"
-    best = max(
-        (row for row in scores if row.split == HELDOUT and row.mean is not None),
-        key=lambda row: row.mean or 0.0,
-        default=None,
-    )
+    heldout = [row for row in scores if row.split == HELDOUT and row.mean is not None]
+    trained = [row for row in heldout if row.policy in models]
+    best = max(trained or heldout, key=lambda row: row.mean or 0.0, default=None)
     if best is None:
         return Headline(label=label, value=MISSING, note="no scored held-out episode")
     error = f" ± {fixed(best.standard_error)}" if best.standard_error is not None else ""
     return Headline(label=label, value=fixed(best.mean), note=f"{best.policy}{error}, n = {best.scored:,}")
 
 
-def findings(episodes: Sequence[EpisodeRow], account: TokenAccount) -> list[Finding]:
+def findings(
+    episodes: Sequence[EpisodeRow], account: TokenAccount, of_training: Sequence[Finding] = ()
+) -> list[Finding]:
     """What must not be overlooked, defects first."""
-    found = [*_episode_findings(episodes), *_token_findings(account)]
+    found = [*of_training, *_episode_findings(episodes), *_token_findings(account)]
     return sorted(found, key=lambda finding: not finding.defect)
 
 

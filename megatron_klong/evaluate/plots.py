@@ -1,13 +1,12 @@
 """The plots of episodes: scores and endings. Nothing to draw gives None, never an empty plot."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_klong.agent.ending import Ending
 from megatron_klong.evaluate.canvas import (
-    LIGHT,
     Plot,
     Theme,
     color_legend,
@@ -19,26 +18,25 @@ from megatron_klong.evaluate.canvas import (
     whole_numbers,
 )
 from megatron_klong.evaluate.findings import plural, words
-from megatron_klong.evaluate.summary import HELDOUT, TRAIN, EpisodeRow, policies
+from megatron_klong.evaluate.summary import HELDOUT, TRAIN, EpisodeRow, ScoreRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _HALF = 6.0  # inches: one of two columns
-_MOST_LABELS = len(LIGHT.cycle)
+_MOST_LABELS = 6
 _MOST_LARGE_POINTS = 200
 # endings the policy did not bring about, and their hatches
 _MACHINERY: dict[str, str] = {Ending.SANDBOX_FAILED: "///", Ending.ENGINE_FAILED: "...", Ending.AGENT_FAILED: "xxx"}
 _LOGARITHMIC_FROM = 8  # times more turns in the longest episode than in the shortest
 
 
-def score_by_turns(episodes: Sequence[EpisodeRow]) -> Plot | None:
-    """A point an episode: its score against how many turns it took."""
+def score_by_turns(episodes: Sequence[EpisodeRow], names: Sequence[str]) -> Plot | None:
+    """A point an episode: its score against how many turns it took. names: the policies, in order of their colours."""
     scored = [episode for episode in episodes if episode.score is not None]
     if not scored:
         return None
-    names = policies(episodes)
 
     def draw(figure: "Figure", theme: Theme) -> None:
         axes = figure.subplots()
@@ -151,25 +149,71 @@ def _score_legend(figure: "Figure", scored: Sequence[EpisodeRow], names: Sequenc
         figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), handletextpad=0.2)
 
 
-def endings(episodes: Sequence[EpisodeRow]) -> Plot | None:
+def heldout_scores(scores: Sequence[ScoreRow], episodes: Sequence[EpisodeRow], names: Sequence[str]) -> Plot | None:
+    """A row a policy: the mean of its held-out scores with its standard error, and every score behind it."""
+    rows = [row for row in scores if row.split == HELDOUT and row.mean is not None]
+    if not rows:
+        return None
+    listing = "; ".join(f"{row.policy}: {_mean_in_words(row)}, n = {row.scored:,}" for row in rows)
+    caption = "Mean held-out score, ± one standard error. Small points are single episodes."
+    size = (_HALF, 0.8 + 0.52 * len(rows))
+    draw = partial(_draw_heldout, rows=rows, episodes=episodes, names=names)
+    return render("heldout_scores", size, draw, alt=f"Mean held-out score by policy. {listing}.", caption=caption)
+
+
+def _mean_in_words(row: ScoreRow) -> str:
+    error = f" ± {row.standard_error:.3f}" if row.standard_error is not None else ""
+    return f"{row.mean:.3f}{error}"
+
+
+def _draw_heldout(
+    figure: "Figure", theme: Theme, *, rows: Sequence[ScoreRow], episodes: Sequence[EpisodeRow], names: Sequence[str]
+) -> None:
+    axes = figure.subplots()
+    low, high = 0.0, 1.0
+    for place, row in enumerate(rows):
+        color, marker, _ = theme.policy(names.index(row.policy))
+        chosen = [episode for episode in episodes if episode.policy == row.policy and episode.split == HELDOUT]
+        scores = [_score(episode) for episode in chosen if episode.score is not None]
+        low, high = min(low, *scores), max(high, *scores)
+        # side by side in the lower part of the row, in the order of the episodes: many have the same score
+        heights = [place + 0.16 + 0.16 * number / max(len(scores) - 1, 1) for number in range(len(scores))]
+        axes.scatter(scores, heights, s=16, color=color, alpha=0.55, linewidth=0, clip_on=False)
+        assert row.mean is not None
+        axes.errorbar(
+            row.mean,
+            place - 0.08,
+            xerr=row.standard_error,
+            color=color,
+            marker=marker,
+            markersize=7,
+            linewidth=2,
+            capsize=4,
+            capthick=2,
+            clip_on=False,
+            zorder=3,
+        )
+        axes.text(1.02, place, _mean_in_words(row), transform=axes.get_yaxis_transform(), va="center")
+    axes.set_yticks(range(len(rows)), [short(row.policy) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    axes.set_xlim(low - 0.02, high + 0.02)
+    axes.set_xlabel("held-out score")
+
+
+def endings(episodes: Sequence[EpisodeRow], names: Sequence[str]) -> Plot | None:
     """A bar a policy: how its episodes ended."""
     if not episodes:
         return None
-    names = policies(episodes)
     counted = {name: Counter(episode.ending for episode in episodes if episode.policy == name) for name in names}
-    order = [str(ending) for ending in Ending]
-    kinds = sorted(
-        {episode.ending for episode in episodes}, key=lambda kind: (order.index(kind) if kind in order else 99, kind)
-    )
-
+    kinds = in_order(episode.ending for episode in episodes)
     listing = "; ".join(
         f"{name}: " + ", ".join(f"{count} {words(kind)}" for kind, count in counted[name].most_common())
         for name in names
     )
     alt = f"Endings of {plural(len(episodes), 'episode')}. {listing}."
-    caption = "How episodes ended, by policy."
-    if any(kind in _MACHINERY for kind in kinds):
-        caption += " Hatched grey: what broke around the policy."
+    caption = "How episodes ended, by policy." + hatch_note(kinds)
     size = (_HALF, 1.1 + 0.5 * len(names) + legend_inches(len(kinds)))
     return render("endings", size, partial(_draw_endings, counted=counted, kinds=kinds), alt=alt, caption=caption)
 
@@ -180,7 +224,7 @@ def _draw_endings(figure: "Figure", theme: Theme, *, counted: Mapping[str, Count
     rows = range(len(counted))
     left = [0] * len(counted)
     most = max(map(Counter.total, counted.values()))
-    styles = [_ending_style(kind, theme) for kind in kinds]
+    styles = [ending_style(kind, theme) for kind in kinds]
     for kind, (face, hatch) in zip(kinds, styles, strict=True):
         counts = [ended[kind] for ended in counted.values()]
         bars = axes.barh(
@@ -198,9 +242,21 @@ def _draw_endings(figure: "Figure", theme: Theme, *, counted: Mapping[str, Count
     color_legend(figure, list(map(words, kinds)), *zip(*styles, strict=True))
 
 
-def _ending_style(kind: str, theme: Theme) -> tuple[str, str]:
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Each kind of ending once, in the order of Ending, others last."""
+    order = [str(ending) for ending in Ending]
+    return sorted(set(kinds), key=lambda kind: (order.index(kind) if kind in order else len(order), kind))
+
+
+def hatch_note(kinds: Iterable[str]) -> str:
+    """What a caption must say where some endings are hatched."""
+    hatched = any(kind in _MACHINERY for kind in kinds)
+    return " Hatched grey: what broke around the policy." if hatched else ""
+
+
+def ending_style(kind: str, theme: Theme) -> tuple[str, str]:
     """Colour and hatch."""
-    blue, vermilion, green, purple, orange, sky = theme.cycle
+    blue, vermilion, green, purple, orange, sky, *_ = theme.cycle
     colors: dict[str, str] = {
         Ending.FINISHED: green,
         Ending.TIMED_OUT: orange,

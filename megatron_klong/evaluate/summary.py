@@ -8,8 +8,8 @@ Turns are numbered from 1 here, as people count; `ReplayResult` numbers them fro
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -68,8 +68,24 @@ class EpisodeRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """A mean less another mean. error: its standard error as of independent samples, None if a mean has none."""
+
+    value: float
+    error: float | None
+
+    @property
+    def errors(self) -> float | None:
+        """The difference in its own standard errors; None if that is unknown or 0."""
+        return self.value / self.error if self.error else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreRow:
-    """One policy on one split. mean and standard_error are over the `scored` of its `episodes`."""
+    """One policy on one split. mean and standard_error are over the `scored` of its `episodes`.
+
+    difference: to the policy all are compared with, on the same split; None for that policy itself.
+    """
 
     policy: str
     split: str
@@ -79,6 +95,7 @@ class ScoreRow:
     standard_error: float | None
     mean_turns: float
     mean_windows: float
+    difference: Difference | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,10 +163,14 @@ def mean_and_standard_error(values: Sequence[float]) -> tuple[float | None, floa
 
 
 def episode_rows(
-    records: Sequence[EpisodeRecord], replays: Mapping[str, ReplayResult], splits: Mapping[str, str]
+    records: Sequence[EpisodeRecord],
+    replays: Mapping[str, ReplayResult],
+    splits: Mapping[str, str],
+    names: Sequence[str],
 ) -> list[EpisodeRow]:
-    """A row an episode, by task, policy and epoch."""
-    ordered = sorted(records, key=lambda record: (record.task, record.model, record.epoch))
+    """A row an episode, by task, policy in the order of `names`, and epoch."""
+    order = {name: number for number, name in enumerate(names)}
+    ordered = sorted(records, key=lambda record: (record.task, order[record.model], record.epoch))
     return [_episode_row(record, replays.get(record.id), splits.get(record.task, NO_SPLIT)) for record in ordered]
 
 
@@ -193,35 +214,52 @@ def split_key(split: str) -> tuple[int, str]:
     return (_SPLIT_ORDER.index(split) if split in _SPLIT_ORDER else len(_SPLIT_ORDER)), split
 
 
-def score_rows(episodes: Sequence[EpisodeRow]) -> list[ScoreRow]:
-    """A row for each policy on each split it played."""
+def score_rows(episodes: Sequence[EpisodeRow], names: Sequence[str], base: str | None = None) -> list[ScoreRow]:
+    """A row for each policy on each split it played, in the order of `names`; base: whom all are compared with."""
     groups: dict[tuple[str, str], list[EpisodeRow]] = {}
     for episode in episodes:
         groups.setdefault((episode.policy, episode.split), []).append(episode)
-    rows = []
-    for policy, split in sorted(groups, key=lambda group: (group[0], split_key(group[1]))):
-        group = groups[policy, split]
-        scores = [episode.score for episode in group if episode.score is not None]
-        mean, error = mean_and_standard_error(scores)
-        rows.append(
-            ScoreRow(
-                policy=policy,
-                split=split,
-                episodes=len(group),
-                scored=len(scores),
-                mean=mean,
-                standard_error=error,
-                mean_turns=statistics.fmean(episode.turns for episode in group),
-                mean_windows=statistics.fmean(episode.windows for episode in group),
-            )
-        )
-    return rows
+    rows = [
+        _score_row(groups[group]) for group in sorted(groups, key=lambda at: (names.index(at[0]), split_key(at[1])))
+    ]
+    bases = {row.split: row for row in rows if row.policy == base and row.scored}
+    return [
+        replace(row, difference=difference(row, bases[row.split]))
+        if row.policy != base and row.scored and row.split in bases
+        else row
+        for row in rows
+    ]
 
 
-def time_rows(episodes: Sequence[EpisodeRow]) -> list[TimeRow]:
+def _score_row(group: Sequence[EpisodeRow]) -> ScoreRow:
+    scores = [episode.score for episode in group if episode.score is not None]
+    mean, error = mean_and_standard_error(scores)
+    return ScoreRow(
+        policy=group[0].policy,
+        split=group[0].split,
+        episodes=len(group),
+        scored=len(scores),
+        mean=mean,
+        standard_error=error,
+        mean_turns=statistics.fmean(episode.turns for episode in group),
+        mean_windows=statistics.fmean(episode.windows for episode in group),
+        difference=None,
+    )
+
+
+def difference(row: ScoreRow, base: ScoreRow) -> Difference:
+    """The mean of a row less that of another; both must have one."""
+    assert row.mean is not None
+    assert base.mean is not None
+    errors = row.standard_error, base.standard_error
+    error = None if None in errors else math.hypot(*(error or 0.0 for error in errors))
+    return Difference(value=row.mean - base.mean, error=error)
+
+
+def time_rows(episodes: Sequence[EpisodeRow], names: Sequence[str]) -> list[TimeRow]:
     """A row for each policy."""
     rows = []
-    for policy in policies(episodes):
+    for policy in names:
         group = [episode for episode in episodes if episode.policy == policy]
         turns = [seconds for episode in group for seconds in episode.turn_seconds]
         seconds = sum(episode.seconds for episode in group)
@@ -241,9 +279,13 @@ def time_rows(episodes: Sequence[EpisodeRow]) -> list[TimeRow]:
     return rows
 
 
-def policies(episodes: Sequence[EpisodeRow]) -> list[str]:
-    """The policies that played, by name, so that a policy has the same colour in every plot."""
-    return sorted({episode.policy for episode in episodes})
+def policies(played: Iterable[str], models: Sequence[str] = ()) -> list[str]:
+    """The policies that played: the `models` in their order, then the others by name.
+
+    The place in this list is the policy's colour, so it is the same in every plot.
+    """
+    names = set(played)
+    return [*(model for model in models if model in names), *sorted(names.difference(models))]
 
 
 def token_account(shard: Shard, preprocessing: Mapping[str, Any]) -> TokenAccount:

@@ -24,7 +24,7 @@ from megatron_klong.evaluate.canvas import (
     whole_numbers,
 )
 from megatron_klong.evaluate.findings import plural
-from megatron_klong.evaluate.summary import EpisodeRow, policies
+from megatron_klong.evaluate.summary import EpisodeRow
 from megatron_klong.trajectory.episode import EpisodeRecord, PolicyRecord
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _PARTS = ("prefix", "overlap", "new")
 
 def longest_episode(records: Sequence[EpisodeRecord], shard: Shard) -> EpisodeRecord | None:
     """The episode with the most turns that recorded a prompt; among equals one whose prefix the shard knows."""
-    with_prompts = [record for record in records if record.context and _prompts(record)]
+    with_prompts = [record for record in records if _prompts(record)]
     most = max((len(record.turns) for record in with_prompts), default=0)
     return max(
         (record for record in with_prompts if len(record.turns) == most),
@@ -59,24 +59,19 @@ def prefix_levels(record: EpisodeRecord, shard: Shard) -> list[int] | None:
     return [int(tokens) for tokens in shard.column("prefix_tokens")[inside]]
 
 
-def prompt_tokens(record: EpisodeRecord, prefixes: Sequence[int] | None) -> Plot:
-    """The saw-tooth: tokens of the prompt at each turn, a rise a window."""
-    assert record.context is not None
-    policy = record.context
-    prompts = _prompts(record)
+def prompt_tokens(record: EpisodeRecord, prefixes: Sequence[int] | None, *, name: str = "prompt_tokens") -> Plot:
+    """The saw-tooth: tokens of the prompt at each turn, a rise a window; for any record with a prompt.
+
+    prefixes: the level of the pinned prefix in each window, None where only the record itself is known.
+    """
+    policy, prompts = record.context, _prompts(record)
     windows = sorted({window for _, window, _ in prompts})
     levels = prefixes if prefixes and len(prefixes) > windows[-1] else None
+    lengths = [tokens for _, _, tokens in prompts]
 
     def draw(figure: "Figure", theme: Theme) -> None:
         axes = figure.subplots()
-        starts = []
-        thickness = 1.6 if len(windows) <= _MOST_BORDERS else 0.7
-        for window in windows:
-            turns = [turn for turn, number, _ in prompts if number == window]
-            tokens = [tokens for _, number, tokens in prompts if number == window]
-            starts.append(turns[0])
-            style = {"marker": "o", "markersize": 3.4} if len(prompts) <= 250 or len(turns) == 1 else {}
-            axes.plot(turns, tokens, color=theme.new, linewidth=thickness, zorder=3, **style)  # type: ignore[arg-type]
+        starts = _rises(axes, prompts, windows, theme)
         _borders(axes, starts, theme)
         _dropped_turns(figure, axes, record, theme)
         if levels:
@@ -84,28 +79,41 @@ def prompt_tokens(record: EpisodeRecord, prefixes: Sequence[int] | None) -> Plot
             for window, start, stop in zip(windows, starts, ends, strict=True):
                 axes.fill_between([start - 0.5, stop - 0.5], levels[window], color=theme.prefix, alpha=0.16, lw=0)
                 axes.plot([start - 0.5, stop - 0.5], [levels[window]] * 2, color=theme.prefix, lw=1.6)
-        _levels(axes, policy, levels[windows[-1]] if levels else None, theme)
+        if policy:
+            _levels(axes, policy, levels[windows[-1]] if levels else None, theme)
         axes.set_xlim(0.5, len(record.turns) + 0.5)
-        axes.set_ylim(0, 1.1 * max(policy.max_tokens, *(tokens for _, _, tokens in prompts)))
+        axes.set_ylim(0, 1.1 * max(policy.max_tokens if policy else 0, *lengths))
         whole_numbers(axes, "x")
         whole_numbers(axes, "y")
         axes.grid(False, axis="x")
         axes.set_xlabel("turn")
         axes.set_ylabel("tokens of the prompt")
 
-    lengths = [tokens for _, _, tokens in prompts]
     alt = (
         f"Tokens of the prompt at each of {plural(len(record.turns), 'turn')} of {record.id}: between {min(lengths):,} "
-        f"and {max(lengths):,}, in {plural(len(windows), 'window')} of at most {policy.max_tokens:,} tokens."
-    )
+        f"and {max(lengths):,}, in {plural(len(windows), 'window')}"
+    ) + (f" of at most {policy.max_tokens:,} tokens." if policy else ".")
     caption = "Tokens of the prompt at each turn." + (
         " Dotted lines are window borders." if 1 < len(windows) <= _MOST_BORDERS else ""
     )
     if not levels:
         caption += " The pinned prefix is not drawn: the shard was not cut from this episode under the same policy."
-    elif policy.pin == "reading":
+    elif policy and policy.pin == "reading":
         caption += " The pinned prefix is the task and, from the second window on, the reading pinned with it."
-    return render("prompt_tokens", (_WIDE, 4.0), draw, alt=alt, caption=caption)
+    return render(name, (_WIDE, 4.0), draw, alt=alt, caption=caption)
+
+
+def _rises(axes: "Axes", prompts: Sequence[tuple[int, int, int]], windows: Sequence[int], theme: Theme) -> list[int]:
+    """Draw the prompts window by window, and return the first turn of each."""
+    starts = []
+    thickness = 1.6 if len(windows) <= _MOST_BORDERS else 0.7
+    for window in windows:
+        turns = [turn for turn, number, _ in prompts if number == window]
+        tokens = [tokens for _, number, tokens in prompts if number == window]
+        starts.append(turns[0])
+        style = {"marker": "o", "markersize": 3.4} if len(prompts) <= 250 or len(turns) == 1 else {}
+        axes.plot(turns, tokens, color=theme.new, linewidth=thickness, zorder=3, **style)  # type: ignore[arg-type]
+    return starts
 
 
 def _prompts(record: EpisodeRecord) -> list[tuple[int, int, int]]:
@@ -249,11 +257,10 @@ def _shares(figure: "Figure", theme: Theme, parts: dict[str, NDArray[Any]]) -> N
     color_legend(figure, _PARTS, [getattr(theme, part) for part in _PARTS])
 
 
-def windows_per_episode(episodes: Sequence[EpisodeRow]) -> Plot | None:
+def windows_per_episode(episodes: Sequence[EpisodeRow], names: Sequence[str]) -> Plot | None:
     """How many episodes needed how many windows, by policy."""
     if not episodes:
         return None
-    names = policies(episodes)
     fewest, most = (chosen(episode.windows for episode in episodes) for chosen in (min, max))
     width = next(width for width in _BIN_WIDTHS if most < width * _MOST_BINS)
 

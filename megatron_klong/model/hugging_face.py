@@ -11,7 +11,7 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed
 
-from megatron_klong.files import sync_directory
+from megatron_klong.files import sync_directory, write_atomically
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.weight_map import Parts, Weight, weights
+from megatron_klong.trajectory.tokenizer import Tokenizer
 
 MAX_FILE_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
@@ -103,6 +104,36 @@ def save_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) 
         _write_json(temporary / "config.json", {**config.to_hugging_face(), "dtype": dtype})
         _put_in_place(temporary, folder)
     distributed.barrier()
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path | str) -> None:
+    """Put a tokenizer beside saved weights, with its tokenizer_config.json and chat template where there are any.
+
+    Control tokens that were appended to the vocabulary (`load_tokenizer(add_special_tokens=True)`) are written into
+    tokenizer.json under their ids; a SentencePiece model is copied as it is.
+    """
+    source, folder = Path(tokenizer.path), Path(folder)
+    if source.suffix == ".json":
+        write_atomically(folder / "tokenizer.json", _with_control_tokens(source.read_bytes(), tokenizer.control))
+    else:
+        write_atomically(folder / "tokenizer.model", source.read_bytes())
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if source.with_name(name).is_file():
+            write_atomically(folder / name, source.with_name(name).read_bytes())
+
+
+def _with_control_tokens(content: bytes, control: Mapping[str, int]) -> bytes:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    known = HuggingFaceTokenizer.from_str(content.decode()).get_vocab(with_added_tokens=True)
+    missing = [token for token in control if token not in known]
+    if not missing:
+        return content
+    definition = json.loads(content)
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": control[token], "content": token, **plain, "special": True} for token in missing]
+    definition["added_tokens"] = [*(definition.get("added_tokens") or []), *added]
+    return json.dumps(definition, ensure_ascii=False, indent=2).encode()
 
 
 def _local(model: GPTModel, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

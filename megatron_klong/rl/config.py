@@ -4,6 +4,7 @@ Always (tests/unit/rl/test_config.py): time limits rise from stage to stage, the
 no command may outlast an episode; for every ending it is written down what a rollout that ended so enters.
 """
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +12,9 @@ from pydantic import Field, model_validator
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.ending import Ending
 from megatron_klong.config import Config, Duration
+from megatron_klong.model.config import LayoutConfig
+from megatron_klong.serve.config import EngineConfig
+from megatron_klong.train.config import OptimizerConfig
 
 Use = Literal["baseline", "loss", "metrics"]
 Outcomes = dict[Ending, tuple[Use, ...]]
@@ -100,14 +104,53 @@ class PolicyLossConfig(Config):
     kl_estimator: KlEstimator = "exact"
     """exact: unbiased in value and gradient under the tokens' own distribution; k3: as in GRPO."""
     normalise: Normalise = "per_token"
-    """What the sum over tokens is divided by; the three are explained in megatron_klong.rl.losses."""
+    """What the sum over tokens is divided by; the three are explained in megatron_klong.rl.normalisation."""
     truncated_importance_clamp: float | None = Field(default=None, gt=0)
     """Largest weight by which a token is corrected for engine and trainer disagreeing; without it, no correction."""
+
+
+class TrainerConfig(Config):
+    """The process group that updates the weights."""
+
+    processes: int = Field(default=1, gt=0)
+    """How many, over all nodes."""
+    layout: LayoutConfig = LayoutConfig()
+    """How the model is divided among processes; what is left over is data parallel."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations; gradients and Adam's state are fp32."""
+    row_tokens: int = Field(default=131072, gt=0)
+    """Length of a packed row; the longest window must fit."""
+    optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
+    """The learning rate is the stage's, and constant."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Older ones, and the weights exported with them, are deleted once a newer one is whole."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Curves for wandb, besides the JSON lines in the run folder."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.layout.context_parallel > 1:
+            raise ValueError("layout.context_parallel is not implemented for packed rows; set it to 1")
+        if self.row_tokens % self.layout.tensor_parallel:
+            raise ValueError(
+                f"row_tokens {self.row_tokens} is no multiple of layout.tensor_parallel "
+                f"{self.layout.tensor_parallel}, which divides rows among processes; round it up"
+            )
+        self.layout.check_world_size(self.processes)
+        return self
 
 
 class RlConfig(Config):
     """One run of progressive RL."""
 
+    weights: str
+    """Folder of the weights to start from, in Hugging Face format."""
+    tokenizer: str | None = None
+    """File or folder of the tokenizer; without it, the one in `weights`."""
+    tasks: str
+    """Folder of task folders to train on."""
+    split: str | None = None
+    """File with the ids of the tasks to train on, one a line; without it, all."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """In the order in which they are run."""
     run_folder: str = "runs/rl"
@@ -117,8 +160,39 @@ class RlConfig(Config):
     loss: PolicyLossConfig = PolicyLossConfig()
     episode: EpisodeConfig = EpisodeConfig()
     """Of all stages; each puts its own time limits in."""
+    engine: EngineConfig = EngineConfig(max_sequence_length=131072)
+    """What serves the policy while it plays."""
+    trainer: TrainerConfig = TrainerConfig()
+    """What updates it."""
+    launcher: Literal["local", "slurm"] = "local"
+    """How engine and trainer are started: on this machine, or as steps of the Slurm job this runs in."""
+    max_episodes: int = Field(default=16, gt=0)
+    """Episodes at once."""
     seed: int = Field(default=0, ge=0)
     """Of the order of tasks, and of sampling."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return Path(self.tokenizer or self.weights)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_folder)
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Self:
+        longest = self.episode.context.max_tokens
+        for name, room in (
+            ("engine.max_sequence_length", self.engine.max_sequence_length),
+            ("trainer.row_tokens", self.trainer.row_tokens),
+        ):
+            if room < longest:
+                raise ValueError(f"{name} {room} is less than episode.context.max_tokens {longest}; raise it")
+        return self
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Self:

@@ -10,25 +10,19 @@ computed while sampling differs by kernels, expert routing and refits in mid-win
 mismatch and, if wanted, a correction (the policy term times exp(old - engine), cut off at a clamp), nothing else.
 
 As in megatron_klong.train.loss, sums are returned and the train step divides them by the trained tokens of the *global*
-batch. `token_weights` makes of that division one of three normalisations:
+batch. `megatron_klong.rl.normalisation` makes of that division the one that was asked for.
 
-    per_token       each trained token counts the same; a rollout counts as much as it has tokens
-    per_trajectory  each rollout counts the same: the mean over its tokens, then over the rollouts
-    paper           each group counts the same: the sum over its tokens (no division by lengths) over its number of
-                    windows n * K, then the mean over groups; scales with the number of tokens in a window
-
-The KL is the mean over trained tokens in all three, the paper's expectation over t.
+The KL is the mean over trained tokens, whatever the normalisation: the paper's expectation over t.
 
 Always (tests/unit/rl/test_losses.py): what the mask excludes has no influence, not even as an infinity or NaN.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from megatron_klong.rl.config import KlEstimator, Normalise, PolicyLossConfig
+from megatron_klong.rl.config import KlEstimator, PolicyLossConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,34 +58,6 @@ class PolicyLossOutput:
     loss_sum: torch.Tensor  # [] float32
     trained_tokens: torch.Tensor  # [] int64
     metric_sums: Mapping[str, torch.Tensor]  # each [] float32, without gradient
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedRollout:
-    """What a rollout adds to a global batch; group: its task."""
-
-    group: str
-    trained_tokens: int
-    windows: int
-
-
-def token_weights(rollouts: Sequence[TrainedRollout], normalise: Normalise) -> list[float]:
-    """The weight of each rollout's tokens, to be divided by all trained tokens of `rollouts`, the global batch.
-
-    Raises ValueError for a rollout with nothing to train on.
-    """
-    for rollout in rollouts:
-        if rollout.trained_tokens < 1 or rollout.windows < 1:
-            raise ValueError(f"{rollout} has nothing to train on; leave it out")
-    tokens = sum(rollout.trained_tokens for rollout in rollouts)
-    if normalise == "per_token":
-        return [1.0] * len(rollouts)
-    if normalise == "per_trajectory":
-        return [tokens / (len(rollouts) * rollout.trained_tokens) for rollout in rollouts]
-    windows: Counter[str] = Counter()
-    for rollout in rollouts:
-        windows[rollout.group] += rollout.windows
-    return [tokens / (len(windows) * windows[rollout.group]) for rollout in rollouts]
 
 
 def policy_loss(given: PolicyLossInput, config: PolicyLossConfig) -> PolicyLossOutput:

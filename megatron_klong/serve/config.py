@@ -7,23 +7,11 @@ from pydantic import Field
 from megatron_klong.config import Config
 
 
-class ServeConfig(Config):
-    """One server: a policy, where it listens, and how much it takes at once."""
+class EngineConfig(Config):
+    """How much a server takes at once, whatever it serves."""
 
-    weights: str
-    """Folder of the weights, in Hugging Face format."""
-    name: str = "policy"
-    """What the server calls its model."""
-    host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication: another than loopback is open to whoever reaches it."""
-    port: int = Field(default=0, ge=0, le=65535)
-    """0: any free one; the line on stdout says which."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations."""
-    policy_epoch: int = Field(default=0, ge=0)
-    """Stamped on every reply: which policy it is from."""
-    seed: int = 0
-    """Of the sampling."""
     max_sequence_length: int = Field(default=4096, gt=0)
     """Longest prompt with its reply, in tokens."""
     max_requests: int = Field(default=32, gt=0)
@@ -36,5 +24,22 @@ class ServeConfig(Config):
     """Memory for keys and values."""
     block_tokens: int = Field(default=16, gt=0)
     """Tokens a block of that memory holds."""
+
+
+class ServeConfig(EngineConfig):
+    """One server: a policy, where it listens, and how much it takes at once."""
+
+    weights: str
+    """Folder of the weights, in Hugging Face format."""
+    name: str = "policy"
+    """What the server calls its model."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication: another than loopback is open to whoever reaches it."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: any free one; the line on stdout says which."""
+    policy_epoch: int = Field(default=0, ge=0)
+    """Stamped on every reply: which policy it is from."""
+    seed: int = 0
+    """Of the sampling."""
     drain_seconds: int = Field(default=5, ge=0)
     """When stopped, how long requests in flight may take to finish."""

@@ -8,12 +8,13 @@ episode sampled outlives it; a line cut short by a kill is left out when the fil
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_klong.files import write_atomically
 from megatron_klong.serve.protocol import Completion
 from megatron_klong.trajectory.schema import Sampled
 
@@ -82,8 +83,20 @@ class TurnStore:
         except KeyError:
             raise UnknownTurn(f"message {key} was not sampled by this provider") from None
 
+    def take(self, keys: Iterable[str]) -> list[SampledTurn]:
+        """Turns of an episode that is over; they are forgotten here (in the file they stay). Raises UnknownTurn."""
+        turns = [self[key] for key in keys]
+        for turn in turns:
+            del self._turns[turn.key]
+        return turns
+
     def __len__(self) -> int:
         return len(self._turns)
+
+
+def write_turns(turns: Iterable[SampledTurn], path: Path) -> None:
+    """A whole file at once, as `TurnStore` reads it."""
+    write_atomically(path, "".join(f"{turn.model_dump_json()}\n" for turn in turns))
 
 
 def read_turns(path: Path) -> list[SampledTurn]:

@@ -22,7 +22,7 @@ from megatron_klong.data.batch import PackedBatch
 from megatron_klong.files import sync_directory
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import ModelConfig
-from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face
+from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face, save_tokenizer
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.train import checkpoint
 from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Setting
@@ -168,7 +168,7 @@ def figures(result: StepResult, *, seconds: float) -> dict[str, float]:
 
 
 def export(run: Run) -> None:
-    """Write the weights in Hugging Face format; the folder appears when it is whole."""
+    """Write weights and tokenizer in Hugging Face format; the folder appears when it is whole."""
     final, temporary = run.folder / EXPORT, run.folder / f".{EXPORT}.tmp"
     if distributed.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -176,9 +176,28 @@ def export(run: Run) -> None:
     save_hugging_face(run.training.model, run.model_config, temporary)
     distributed.barrier()
     if distributed.get_rank() == 0:
+        add_tokenizer(run, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync_directory(run.folder)
+
+
+def add_tokenizer(run: Run, folder: Path) -> None:
+    """Put the shards' tokenizer beside the exported weights, if its file can still be found."""
+    init = run.config.hugging_face_init
+    tokenizer = run.rows.shards.find_tokenizer([Path(init)] if init else [])
+    if tokenizer:
+        save_tokenizer(tokenizer, folder)
+    else:
+        say(f"{run.folder / EXPORT} has no tokenizer: the file the shards were made with was not found; copy it there")
+
+
+def give_up(reason: str) -> None:
+    """End a run that every process must end: one line on rank 0's screen, and nothing left open."""
+    if distributed.get_rank() == 0:
+        print(reason, flush=True, file=sys.stderr)
+    distributed.barrier()  # a launcher that sees one process fail kills the others, also one that has yet to say why
+    destroy()
 
 
 def say(text: str) -> None:

@@ -1,10 +1,12 @@
 """A model made trainable: Megatron's data parallelism, distributed optimizer and learning-rate schedule around it.
 
 Always: gradients are summed over tokens and divided once, by the trained tokens of the global batch
-(`calculate_per_token_loss`); gradients and Adam's state are fp32 whatever the weights are; every data-parallel
-process starts from the weights of the first.
+(`calculate_per_token_loss`); gradients and Adam's state are fp32 whatever the weights are, and what a bf16 model keeps
+in fp32 stays so, bit for bit (tests/integration/train/test_precision.py); every data-parallel process starts from the
+weights of the first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +58,7 @@ def make_trainable(model: GPTModel, config: OptimizerConfig, *, steps: int) -> T
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
         ),
-        Float16Module(model.config, model) if model.config.bf16 else model,
+        _in_bf16(model) if model.config.bf16 else model,
     )
     wrapped.broadcast_params()
     adam.use_where_missing()
@@ -65,6 +67,25 @@ def make_trainable(model: GPTModel, config: OptimizerConfig, *, steps: int) -> T
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.grad_scale_func = optimizer.scale_loss
     return Training(model=model, wrapped=wrapped, optimizer=optimizer, schedule=_schedule(optimizer, config, steps))
+
+
+def _in_bf16(model: GPTModel) -> Float16Module:
+    """Megatron's wrapper rounds all of a model to bf16; here what was fp32 gets its very values back.
+
+    That is the bias which balances the experts, whose steps of 0.001 bf16 cannot hold, and the count of tokens that
+    each expert got, which in bf16 is exact only up to 256.
+    """
+    fp32 = {name: tensor.data for name, tensor in _tensors(model) if tensor.dtype == torch.float32}
+    wrapped = Float16Module(model.config, model)
+    for name, tensor in _tensors(model):
+        if name in fp32:
+            tensor.data = fp32[name]
+    return wrapped
+
+
+def _tensors(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _optimizer_config(model: GPTModel, config: OptimizerConfig) -> megatron_optimizer.OptimizerConfig:

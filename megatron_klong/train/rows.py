@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_klong.data.packing import Row, pack_rows
 from megatron_klong.data.shard import Shard, ShardError, WindowTokens
+from megatron_klong.trajectory.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron_klong.data.batch import PackedBatch
@@ -45,6 +46,22 @@ class Shards:
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._shards[shard].window(number - int(self._starts[shard]))
 
+    def find_tokenizer(self, folders: Sequence[Path] = ()) -> Tokenizer | None:
+        """The tokenizer the shards were made with, if its file is still there as it was.
+
+        Looked for where a manifest says, in `folders`, beside a shard, and in a folder `tokenizer` there or one above.
+        """
+        for shard in self._shards:
+            wanted = shard.manifest["tokenizer"]
+            beside = shard.prefix.parent
+            places = [*folders, beside, beside / "tokenizer", beside.parent / "tokenizer"]
+            files = [Path(wanted["path"])] if "path" in wanted else []
+            for file in (*files, *(place / wanted["file"] for place in places)):
+                found = _tokenizer(file)
+                if found and found.sha256 == wanted["sha256"]:
+                    return found
+        return None
+
     @property
     def lengths_tokens(self) -> list[int]:
         """Of each window."""
@@ -61,6 +78,13 @@ class Shards:
         """Changes with any byte of any shard."""
         files = [shard.manifest["files"] for shard in self._shards]
         return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer(file: Path) -> Tokenizer | None:
+    try:
+        return load_tokenizer(file, add_special_tokens=True)
+    except TokenizerError:  # not there, or another kind of file
+        return None
 
 
 class TrainingRows:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m megatron_klong.train.sft config.toml             two
 
 Writes config.toml, metrics.jsonl, checkpoints/ and, at the end, hugging_face/ into run_folder. Started again with
-the same run_folder, it goes on from the newest whole checkpoint.
+the same run_folder, it goes on from the newest whole checkpoint. A run that diverges stops with exit status 3 and
+writes nothing more (torchrun reports that status of its processes, and ends with 1 itself).
 """
 
 import logging
@@ -24,10 +25,11 @@ from megatron_klong.train.metrics import check_wandb
 from megatron_klong.train.rows import Shards, TrainingRows
 
 PROGRAM = "python -m megatron_klong.train.sft"
+DIVERGED = 3  # exit status
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 done, 2 the configuration or what it names cannot be used."""
+    """Exit status: 0 done, 2 the configuration or what it names cannot be used, 3 training diverged."""
     command = parse_command_line(SftConfig, arguments, program=PROGRAM, description=__doc__)
     try:
         check_processes(command.config)
@@ -37,11 +39,10 @@ def main(arguments: Sequence[str]) -> int:
         if command.dry_run:
             print(plan(command.config, rows))  # below the resolved settings
             return 0
-        train(command.config, model_config, rows)
+        return train(command.config, model_config, rows)
     except (ConfigError, ShardError, IndexedError, PackingError, CheckpointError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def read_rows(config: SftConfig) -> TrainingRows:
@@ -49,12 +50,21 @@ def read_rows(config: SftConfig) -> TrainingRows:
     return TrainingRows(Shards(config.shards), row_tokens=config.row_tokens, seed=config.seed)
 
 
-def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> None:
-    """Run; heavy imports start here."""
+def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> int:
+    """Run, and return the exit status; heavy imports start here."""
     quiet_libraries()
-    from megatron_klong.train.loop import run_sft
+    from megatron_klong.model.hugging_face import WeightsError
+    from megatron_klong.train.loop import give_up, run_sft
+    from megatron_klong.train.step import TrainingDiverged
 
-    run_sft(config, model_config, rows)
+    try:
+        run_sft(config, model_config, rows)
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+    except TrainingDiverged as error:
+        give_up(f"sft: {error}")
+        return DIVERGED
+    return 0
 
 
 def processes() -> int:

@@ -35,7 +35,10 @@ _LOSS = "loss"
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or gradient that is no finite number, or a batch that trains nothing; the weights are spoilt."""
+    """A loss or gradient that is no finite number, or a batch that trains nothing; the weights are spoilt.
+
+    Its figures are those of the global batch, so every process raises it, at the same step.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +64,9 @@ def train_step(training: Training, batches: Sequence[PackedBatch], loss_function
     means = _global_means(sums, training.device)
     if not (updated and means[_TRAINED] and math.isfinite(means[_LOSS]) and math.isfinite(grad_norm)):
         raise TrainingDiverged(
-            f"loss {means[_LOSS]}, gradient norm {grad_norm}, {means[_TRAINED]:.0f} trained tokens in the global "
-            "batch; resume from the last checkpoint, with a lower learning rate if this comes back"
+            f"step {training.schedule.num_steps} diverged: loss {means[_LOSS]}, gradient norm {float(grad_norm)}, "
+            f"{means[_TRAINED]:.0f} trained tokens; start again to go on from the last checkpoint; if this comes back, "
+            "delete that one and lower the learning rate"
         )
     return StepResult(
         loss=means.pop(_LOSS),

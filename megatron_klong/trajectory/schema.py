@@ -27,6 +27,18 @@ class Reading(StrEnum):
     COMPLETE = "complete"  # the last missing text of the paper
 
 
+class Provenance(StrEnum):
+    """Who made an assistant message. Only what the model itself said is trained on."""
+
+    MODEL = "model"
+    DEMONSTRATION = "demonstration"  # shown to the model as an example
+    COPIED = "copied"  # context carried over from elsewhere: a summary, a parent's history, a resumed session
+    SYNTHETIC = "synthetic"  # made by a program in the model's name
+    API_ERROR = "api_error"  # an error text where a reply should have been
+    ABORTED = "aborted"  # cut off: the model did not finish it
+    MALFORMED_CALL = "malformed_call"  # its call cannot be read, so the model's own text is not known
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolCall:
     """One call of a tool, with its arguments as an object in the order the model wrote them."""
@@ -46,7 +58,10 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One message. `reasoning`, `tool_calls`, `sampled` belong to assistants, `tool_call_id` and `reading` to tools."""
+    """One message. `reasoning`, `tool_calls`, `sampled` belong to assistants, `tool_call_id` and `reading` to tools.
+
+    time_seconds: when it was written, as Unix time.  trained: false for whatever its provenance forbids.
+    """
 
     role: Role
     content: str = ""
@@ -55,7 +70,13 @@ class Message:
     tool_call_id: str | None = None
     reading: Reading = Reading.NONE
     trained: bool = True
+    provenance: Provenance = Provenance.MODEL
+    time_seconds: float | None = None
     sampled: Sampled | None = None
+
+    def __post_init__(self) -> None:
+        if self.provenance is not Provenance.MODEL:
+            object.__setattr__(self, "trained", False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +85,7 @@ class Transcript:
 
     id: unique within its source, for reports ("rice/oracle").  task: what must not leak between train and
     validation.  source: the file it came from.  tools: OpenAI function definitions, as the model was shown them.
-    tokenizer_sha256: of the tokenizer whose ids `sampled` holds.
+    tokenizer_sha256: of the tokenizer whose ids `sampled` holds.  format: the name of the importer that read it.
     """
 
     id: str
@@ -74,6 +95,7 @@ class Transcript:
     messages: tuple[Message, ...]
     score: float | None = None
     tokenizer_sha256: str | None = None
+    format: str = ""
 
     @property
     def turns(self) -> int:

@@ -1,10 +1,11 @@
-"""The SFT program as a user starts it, under torchrun, to its end or to its violent end."""
+"""The SFT program as a user starts it, under torchrun or process by process, to its end or to its violent end."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,36 +16,63 @@ from tests.unit.train.builders import ROW_TOKENS
 
 def start(shard: Path, run_folder: Path, *flags: str, processes: int = 2) -> "subprocess.Popen[str]":
     """torchrun on loopback, one thread a process; `finish` or `kill` it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    torchrun = ["torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    return _popen([*torchrun, "--nproc-per-node", str(processes), "-m", *_program(shard, run_folder, flags)])
+
+
+def start_each(shard: Path, run_folder: Path, *flags: str, processes: int = 2) -> "list[subprocess.Popen[str]]":
+    """As srun does: every process by itself, so that each has an exit status and a screen of its own."""
+    program = _program(shard, run_folder, flags)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    return [_popen(program, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+
+
+def start_alone(
+    shard: Path, run_folder: Path, *flags: str, environment: Mapping[str, str], under: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    """One process without a launcher, run by the command `under`."""
+    return _popen(_program(shard, run_folder, flags), environment, under)
+
+
+def _program(shard: Path, run_folder: Path, flags: Sequence[str]) -> list[str]:
     settings = {
         "shards": json.dumps([str(shard)]),
         "run_folder": str(run_folder),
         "row_tokens": str(ROW_TOKENS),
         "global_batch_rows": "4",
     }
-    torchrun = ["torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    defaults = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    return ["megatron_klong.train.sft", *defaults, *flags]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _popen(
+    module: Sequence[str], environment: Mapping[str, str] | None = None, under: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", *torchrun, "--nproc-per-node", str(processes), "-m", "megatron_klong.train.sft"]
-        + [part for key, value in settings.items() for part in (f"--{key}", value)]
-        + list(flags),
+        [*under, sys.executable, "-m", *module],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finish(process: "subprocess.Popen[str]", timeout_seconds: float = 180) -> str:
-    """What it wrote to the screen; fails unless it ended with 0 in time."""
+def finish(process: "subprocess.Popen[str]", timeout_seconds: float = 180, *, status: int = 0) -> str:
+    """What it wrote to the screen; fails unless it ended with `status` in time."""
     try:
         output, _ = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         kill(process)
         raise
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
     return output
 
 

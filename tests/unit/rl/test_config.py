@@ -24,7 +24,7 @@ tasks_per_iteration = 4
 def load(tmp_path: Path, *stages: tuple[str, str, str], more: str = "", overrides: tuple[str, ...] = ()) -> RlConfig:
     file = tmp_path / "rl.toml"
     text = [STAGE.format(name=name, timeout=timeout, hard=hard) for name, timeout, hard in stages]
-    file.write_text("".join(text) + more)
+    file.write_text('weights = "w"\ntasks = "t"\n' + "".join(text) + more)
     return load_config(RlConfig, [file], overrides)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_klong.rl.config import KlEstimator, Normalise, PolicyLossConfig
-from megatron_klong.rl.losses import PolicyLossInput, TrainedRollout, kl_to_old, policy_loss, token_weights
+from megatron_klong.rl.losses import PolicyLossInput, kl_to_old, policy_loss
+from megatron_klong.rl.normalisation import TrainedRollout, token_weights
 
 NO_KL = PolicyLossConfig(kl_coefficient=0.0)
 

@@ -33,7 +33,11 @@ def stage(name: str, hours: int, **changed: int) -> StageConfig:
     return StageConfig(name=name, timeout=Duration(f"{hours}h"), hard_timeout=Duration(f"{hours + 1}h"), **fields)
 
 
-CONFIG = RlConfig(stages=(stage("2h", 2), stage("4h", 4)))
+def a_run(*stages: StageConfig, seed: int = 0) -> RlConfig:
+    return RlConfig(weights="w", tasks="t", stages=stages, seed=seed)
+
+
+CONFIG = a_run(stage("2h", 2), stage("4h", 4))
 PLAN = plan_run(CONFIG, ["rice", "fre"])
 ITERATIONS = [planned.iteration for planned in PLAN]
 
@@ -212,7 +216,12 @@ def test_each_task_comes_once_before_any_comes_again(
     tasks: int, per_iteration: int, iterations: int, seed: int
 ) -> None:
     names = [f"task {number}" for number in range(tasks)]
-    config = RlConfig(stages=(stage("2h", 2, tasks_per_iteration=per_iteration, iterations=iterations),), seed=seed)
+    config = RlConfig(
+        weights="w",
+        tasks="t",
+        stages=(stage("2h", 2, tasks_per_iteration=per_iteration, iterations=iterations),),
+        seed=seed,
+    )
     if per_iteration > tasks:
         with pytest.raises(ValueError, match=f"tasks_per_iteration {per_iteration} exceeds the {tasks} tasks"):
             plan_run(config, names)
@@ -229,7 +238,7 @@ def test_each_task_comes_once_before_any_comes_again(
 
 def test_another_seed_gives_another_order() -> None:
     names = [f"task {number}" for number in range(8)]
-    plans = [plan_run(RlConfig(stages=(stage("2h", 2, tasks_per_iteration=8),), seed=seed), names) for seed in range(3)]
+    plans = [plan_run(a_run(stage("2h", 2, tasks_per_iteration=8), seed=seed), names) for seed in range(3)]
     assert all(one != other for one, other in pairwise(plans))
 
 

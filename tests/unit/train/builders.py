@@ -4,15 +4,16 @@ from pathlib import Path
 
 from megatron_klong.data.shard import ShardWriter
 from megatron_klong.trajectory.glm import GlmRenderer
+from megatron_klong.trajectory.tokenizer import Tokenizer
 from megatron_klong.trajectory.windows import split
 from tests.unit.trajectory.builders import assistant, bash, byte_tokenizer, policy, tool, transcript, user
 
 ROW_TOKENS = 256
 
 
-def small_shard(prefix: Path) -> Path:
+def small_shard(prefix: Path, tokenizer: Tokenizer | None = None) -> Path:
     """Transcripts of a counting agent, cut into windows of at most 200 tokens."""
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     renderer = GlmRenderer(tokenizer)
     rule = policy(200)
     with ShardWriter(prefix, tokenizer, rule, renderer=renderer.name, overwrite=False) as shard:

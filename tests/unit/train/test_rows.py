@@ -1,11 +1,14 @@
 """The order of rows: every window once an epoch, the same for everyone, shared out without gaps."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_klong.data.shard import ShardError
 from megatron_klong.train.rows import Shards, TrainingRows
+from megatron_klong.trajectory.tokenizer import load_tokenizer
+from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from tests.unit.train.builders import ROW_TOKENS, small_shard
 
 
@@ -58,3 +61,21 @@ def test_shards_of_different_tokenizers_do_not_mix(shard: Path, tmp_path: Path) 
     manifest.write_text(manifest.read_text().replace('"sha256": "bytes"', '"sha256": "others"'))
     with pytest.raises(ShardError, match="another tokenizer than"):
         Shards([shard, other])
+
+
+def test_the_tokenizer_is_found_by_its_checksum(tmp_path: Path) -> None:
+    for name in ("made", "other"):
+        train_tokenizer(["count to three " + name], vocabulary_size=290, folder=tmp_path / name)
+    made = load_tokenizer(tmp_path / "made")
+    prefix = small_shard(tmp_path / "shards" / "sft", made)
+    shards = Shards([prefix])
+    assert shards.find_tokenizer() is None
+    assert shards.find_tokenizer([tmp_path / "other", tmp_path / "nowhere"]) is None
+    found = shards.find_tokenizer([tmp_path / "other", tmp_path / "made"])
+    assert found is not None
+    assert (found.path, found.control) == (made.path, made.control)
+
+    shutil.copytree(tmp_path / "made", tmp_path / "tokenizer")
+    found = shards.find_tokenizer()
+    assert found is not None
+    assert found.path == str(tmp_path / "tokenizer" / "tokenizer.json")

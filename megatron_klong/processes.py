@@ -1,0 +1,54 @@
+"""Child processes that do not outlive their parent."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+ANCESTOR = "KLONG_ANCESTOR"  # process id, on this machine, without which a program has no reason to run
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it is gone, however that happens.
+
+    A parent that went before this was called is not noticed; where ANCESTOR is set, its end is.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ancestor = os.environ.get(ANCESTOR)
+    if ancestor and not os.path.exists(f"/proc/{ancestor}"):
+        os._exit(1)
+
+
+def start(
+    command: Sequence[str], *, output: int | IO[bytes], errors: int | IO[bytes], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own: Ctrl-C reaches it through its parent, which ends it with `stop`."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=errors,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
+
+
+def stop(process: subprocess.Popen[bytes], *, seconds: float) -> None:
+    """End it and all it started: first politely, then, after so many seconds, by force."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it left behind

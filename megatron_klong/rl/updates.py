@@ -1,0 +1,144 @@
+"""One iteration of RL in the trainer, on every process alike; to disk only rank 0 writes."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import megatron_klong.model.megatron_ready  # noqa: F401
+
+# isort: split
+from megatron.core import parallel_state
+from torch import distributed
+
+from megatron_klong.data.batch import PackedBatch
+from megatron_klong.files import sync_directory
+from megatron_klong.model.build import build_model
+from megatron_klong.model.config import ModelConfig
+from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face
+from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.rl.config import RlConfig
+from megatron_klong.rl.folders import RunFolder
+from megatron_klong.rl.objective import largest_mismatch, objective, tempered, with_old_log_probs
+from megatron_klong.rl.rows import ExperienceRows
+from megatron_klong.train import checkpoint
+from megatron_klong.train.checkpoint import CheckpointError, Progress, Setting
+from megatron_klong.train.config import OptimizerConfig
+from megatron_klong.train.loop import figures
+from megatron_klong.train.metrics import RunLog
+from megatron_klong.train.optimizer import Training, make_trainable
+from megatron_klong.train.step import train_step
+
+_DATA = "bank"  # which rows are in the weights is said by the bank's markers, not by a position in a checkpoint
+
+
+def train_iteration(config: RlConfig, iteration_folder: Path) -> None:
+    """All updates of the iteration, and the checkpoint behind them. Raises CheckpointError, TrainingDiverged."""
+    initialize(config.trainer.layout, seed=config.seed)
+    folder = RunFolder(config.folder)
+    rows = ExperienceRows(folder.bank, iteration_folder, row_tokens=config.trainer.row_tokens)
+    trainee = load_trainee(config, folder, rows)
+    with tempered(trainee.training.model, config.stage(rows.lesson.iteration.stage).temperature):
+        updates = [with_old_log_probs(trainee.training, batches) for batches in shares(rows)]
+        with open_log(config, folder, rows) as log:
+            for step, batches in enumerate(updates, start=rows.lesson.first_step + 1):
+                mismatch = largest_mismatch(batches, trainee.training.device)
+                started = time.monotonic()
+                result = train_step(trainee.training, batches, objective(config.loss))
+                line = figures(result, seconds=time.monotonic() - started)
+                iteration = rows.lesson.iteration
+                log.write(
+                    step, {"stage": iteration.stage, "iteration": iteration.number, "mismatch_max": mismatch, **line}
+                )
+    export(trainee, folder.weights(rows.lesson.last_step), Path(config.tokenizer_path))
+    save(config, trainee, folder, rows.lesson.last_step)
+    destroy()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainee:
+    """The model in training, and what its checkpoints say of it."""
+
+    training: Training
+    model_config: ModelConfig
+    setting: Setting
+
+
+def load_trainee(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> Trainee:
+    """The model with the weights that the iteration was sampled from. Raises CheckpointError."""
+    step = rows.lesson.first_step
+    found, _ = folder.latest_checkpoint()
+    if (found.progress.step if found else 0) != step:
+        raise CheckpointError(f"{folder.checkpoints}: no checkpoint of step {step}, which the lesson begins with")
+    model_config = ModelConfig.from_hugging_face(config.weights)
+    model = build_model(model_config, config.trainer.layout, precision=config.trainer.precision)
+    if found is None:
+        load_hugging_face(model, model_config, Path(config.weights))
+    rate = config.stage(rows.lesson.iteration.stage).learning_rate
+    optimizer = config.trainer.optimizer.model_copy(
+        update={"learning_rate": rate, "min_learning_rate": rate, "schedule": "constant", "warmup_steps": 0}
+    )
+    training = make_trainable(model, OptimizerConfig.model_validate(optimizer.model_dump()), steps=1)
+    setting = Setting(
+        model=model_config.model_dump(mode="json"),
+        layout=config.trainer.layout.model_dump(mode="json"),
+        processes=distributed.get_world_size(),
+    )
+    if found is not None:
+        checkpoint.load(found, training, setting)
+    return Trainee(training=training, model_config=model_config, setting=setting)
+
+
+def shares(rows: ExperienceRows) -> list[list[PackedBatch]]:
+    """What this process trains on, by update."""
+    part, parts = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return [rows.batches(update, part=part, parts=parts) for update in rows.lesson.updates]
+
+
+def open_log(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> RunLog:
+    """The curves; lines of updates that were rolled back are cut off."""
+    return RunLog(
+        folder.path,
+        first_step=rows.lesson.first_step + 1,
+        writes=distributed.get_rank() == 0,
+        wandb=config.trainer.wandb,
+        settings=config.model_dump(mode="json"),
+    )
+
+
+def export(trainee: Trainee, final: Path, tokenizer: Path) -> None:
+    """Write the weights for the engine; the folder appears when it is whole."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    if distributed.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    save_hugging_face(trainee.training.model, trainee.model_config, temporary)
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        copy_tokenizer(tokenizer, temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_directory(final.parent)
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """So that the folder can be used by itself."""
+    files = [tokenizer] if tokenizer.is_file() else [tokenizer / name for name in _TOKENIZER_FILES]
+    for file in files:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+_TOKENIZER_FILES: Sequence[str] = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def save(config: RlConfig, trainee: Trainee, folder: RunFolder, step: int) -> None:
+    """Write the checkpoint, and delete what has become old."""
+    progress = Progress(step=step, data_position=0, data_fingerprint=_DATA)
+    checkpoint.save(
+        folder.checkpoints, trainee.training, progress, trainee.setting, keep=config.trainer.keep_checkpoints
+    )
+    if distributed.get_rank() == 0:
+        folder.delete_weights_without_checkpoint()
