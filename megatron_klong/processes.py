@@ -26,6 +26,12 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
+def end_with_launcher() -> None:
+    """The same where another program started this one for its own purposes; on its own a program runs on."""
+    if ANCESTOR in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
 def start(
     command: Sequence[str], *, output: int | IO[bytes], errors: int | IO[bytes], environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:

@@ -8,7 +8,7 @@ setting, and two settings never give the same score. `score` and `run_program` a
 import re
 from dataclasses import dataclass
 
-LOWEST_NUMBER, NUM_NUMBERS = 10, 90  # settings and scores are the two-digit numbers 10..99
+LOWEST_NUMBER, NUM_NUMBERS = 10, 25  # settings and scores are the two-digit numbers 10..34
 SETTING_STEP = 37  # coprime to NUM_NUMBERS, so that settings map one to one to scores
 
 LOOKUP_MISSING = "missing"

@@ -26,6 +26,7 @@ from examples.longhaul.paper import Paper, render
 from megatron_klong.files import sync_directory, write_atomically
 
 MIN_TURNS, MAX_TURNS = 10, 1000
+FEWEST_NAMES = 12  # tasks draw from the first so many methods and datasets, larger ones from as many as they need
 LINES_PER_CHUNK = 50  # what one read_file_chunk of the reference oracle shows
 CLOSING_TURNS = 4  # look up, report, reproduce, submit
 
@@ -89,8 +90,8 @@ def draw_task(*, seed: str, turns: int) -> Task:
     num_experiments, check_reproduce = _size(turns)
     num_methods, num_datasets = _grid(num_experiments)
     numbers = range(LOWEST_NUMBER, LOWEST_NUMBER + NUM_NUMBERS)
-    methods = rng.sample(METHODS, num_methods)
-    datasets = tuple(rng.sample(DATASETS, num_datasets))
+    methods = rng.sample(METHODS[: max(FEWEST_NAMES, num_methods)], num_methods)
+    datasets = tuple(rng.sample(DATASETS[: max(FEWEST_NAMES, num_datasets)], num_datasets))
     headline = rng.randrange(num_experiments)
     paper = Paper(
         methods=tuple(zip(methods, rng.sample(numbers, num_methods), strict=True)),

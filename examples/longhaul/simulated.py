@@ -1,8 +1,8 @@
 """Plays a task in memory: a teacher, the tools it needs, and no sandbox.
 
-For counting turns and for making demonstrations quickly. It knows only the commands of the papers; the real
-tools are the agent scaffold's (tests/integration/examples plays the same episodes in a sandbox and
-compares).
+For counting turns and for making demonstrations quickly. It knows only the commands of the papers. What it says to the
+teacher is what the agent scaffold says, without reminders of time (tests/integration/examples plays the same episodes
+by the scaffold in a sandbox and compares).
 """
 
 import json
@@ -24,6 +24,7 @@ from examples.longhaul.experiment import (
     score_line,
 )
 from examples.longhaul.teachers import PAPER_FILE, Reply, Teacher
+from megatron_klong.agent.reading import ReadingTracker
 
 PROMPT = f"Replicate the paper {PAPER_FILE} in /home/submission."
 
@@ -48,11 +49,24 @@ class Workspace:
     paper: str
     salt: str
     files: dict[str, str] = field(default_factory=dict)
+    reading: ReadingTracker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reading = ReadingTracker(self.paper)
+
+    def result(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """What a tool call answers, with the scaffold's notes."""
+        read_before = self.reading.complete
+        text = self.call(name, arguments).rstrip("\n") or "(no output)"
+        self.reading.show(text)
+        if read_before:
+            return text
+        return f"{text}\n{'[paper read]' if self.reading.complete else f'[paper read: {self.reading.progress}]'}"
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         if name == "read_file_chunk":
             return file_chunk(self.paper, int(arguments["start_line"]), int(arguments["max_lines"]))
-        return self.bash(arguments["cmd"]) if name == "bash" else ""
+        return self.bash(arguments["cmd"]) if name == "bash" else "Submitted."
 
     def bash(self, command: str) -> str:
         if command == CHECK_COMMAND:
@@ -82,18 +96,30 @@ def play(
     """Plays a task until the teacher submits or calls no tool; `visible` says what it sees at each turn."""
     facts = json.loads((task_directory / "longhaul.json").read_text())
     workspace = Workspace(paper=(task_directory / "paper.md").read_text(), salt=facts["salt"])
-    messages: list[Message] = [{"role": "user", "content": PROMPT}]
+    return play_in(workspace, teacher, visible=visible, max_turns=max_turns)
+
+
+def play_in(
+    workspace: Workspace,
+    teacher: Teacher,
+    *,
+    prompt: str = PROMPT,
+    visible: Callable[[Sequence[Message]], Sequence[Message]] = lambda messages: messages,
+    max_turns: int = 10_000,
+) -> Episode:
+    """The same in a workspace that need not be on disk."""
+    messages: list[Message] = [{"role": "user", "content": prompt}]
     submitted = False
     for turn in range(max_turns):
         reply = teacher(visible(messages))
         messages.append(assistant_message(reply, call_id=f"call_{turn}"))
         if reply.tool is None:
             break
+        result = workspace.result(reply.tool, reply.arguments or {})
+        messages.append({"role": "tool", "tool_call_id": f"call_{turn}", "content": result})
         if reply.tool == "submit":
             submitted = True
             break
-        result = workspace.call(reply.tool, reply.arguments or {})
-        messages.append({"role": "tool", "tool_call_id": f"call_{turn}", "content": result})
     return Episode(messages=tuple(messages), files=workspace.files, submitted=submitted)
 
 
@@ -111,10 +137,10 @@ def assistant_message(reply: Reply, *, call_id: str) -> dict[str, Any]:
 
 
 def file_chunk(text: str, start_line: int, max_lines: int) -> str:
-    """What PaperBench's read_file_chunk answers."""
+    """What the scaffold's read_file_chunk answers."""
     lines = text.splitlines()
     shown = lines[start_line - 1 : start_line - 1 + max_lines]
-    header = f"File has {len(lines)} total lines. Showing lines {start_line} to {start_line - 1 + len(shown)}.\n\n"
+    header = f"File has {len(lines)} total lines. Showing lines {start_line} to {start_line - 1 + len(shown)}.\n"
     return header + "\n".join(f"{number}: {line}" for number, line in enumerate(shown, start_line))
 
 

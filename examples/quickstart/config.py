@@ -9,12 +9,24 @@ from megatron_klong.config import Config
 
 
 class TasksConfig(Config):
-    """The generated tasks; no task is in both splits."""
+    """The generated tasks, by their lengths in turns of a perfect agent, 10 to 1000; no two are alike."""
 
-    train_turns: tuple[int, ...] = (20, 60)
-    """Length of each training task, in turns of a perfect agent, 10 to 1000."""
-    heldout_turns: tuple[int, ...] = (20, 60)
-    """Length of each held-out task."""
+    train_turns: tuple[int, ...] = (10, 12, 14, 16)
+    """A training task each: the teachers show it, RL plays it."""
+    heldout_turns: tuple[int, ...] = (10, 12, 14, 16)
+    """A task each that the models are scored on."""
+    long_train_turns: tuple[int, ...] = (60,)
+    """Training tasks for the teachers alone: far beyond the tiny model."""
+    long_heldout_turns: tuple[int, ...] = (60,)
+    """Held-out tasks for the teachers alone."""
+
+
+class DemonstrationsConfig(Config):
+    """Short demonstrations, played in memory: the general data of the SFT."""
+
+    count: int = Field(default=100, ge=0)
+    turns: tuple[int, ...] = (10, 12, 14, 16)
+    """Their lengths, dealt out in turn."""
 
 
 class TeachersConfig(Config):
@@ -39,6 +51,8 @@ class EvaluationConfig(Config):
     """Episodes of each held-out task."""
     temperature: float = Field(default=1.0, ge=0)
     """Of sampling."""
+    turn_limit: int = Field(default=40, gt=0)
+    """Most turns of a model, here and in RL; the teachers may go on for as long as an episode's own limit."""
 
 
 class QuickstartConfig(Config):
@@ -52,6 +66,7 @@ class QuickstartConfig(Config):
     workers: int = 2
     """Evaluations at once, each in a process."""
     tasks: TasksConfig = TasksConfig()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     teachers: TeachersConfig = TeachersConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -38,7 +38,7 @@ class Run:
         print(f"{name} ...", flush=True)
         started = time.monotonic()
         yield
-        self.seconds[name] = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     @property
     def tokenizer(self) -> Path:
@@ -47,6 +47,14 @@ class Run:
     @property
     def shard(self) -> Path:
         return self.folder / "shards" / "sft"
+
+    @property
+    def demonstrations(self) -> Path:
+        return self.folder / "demonstrations.jsonl"
+
+    @property
+    def demonstration_shard(self) -> Path:
+        return self.folder / "shards" / "demonstrations"
 
     def task_folder(self, task: str) -> Path:
         return self.folder / "tasks" / "papers" / task

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.longhaul.corpus import training_texts
+from examples.longhaul.corpus import ISOLATED, training_texts
+from examples.longhaul.demonstrations import write_demonstrations
 from examples.longhaul.generate import Split, generate_tasks
 from examples.longhaul.serve_teachers import Options, serving
 from examples.quickstart.config import QuickstartConfig
@@ -38,6 +39,7 @@ from megatron_klong.config import ConfigError, parse_command_line
 from megatron_klong.data.preprocess import PreprocessReport, preprocess
 from megatron_klong.data.shard import Shard
 from megatron_klong.evaluate.report import write_report
+from megatron_klong.evaluate.summary import HELDOUT, TRAIN
 from megatron_klong.evaluate.training import TrainingRun
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
 from megatron_klong.serve.launch import ServerFailed
@@ -73,18 +75,21 @@ def main(arguments: Sequence[str]) -> int:
 
 def plan(config: QuickstartConfig) -> str:
     """What a run would do."""
-    train, heldout = config.tasks.train_turns, config.tasks.heldout_turns
-    episodes = 2 * len(train + heldout) + len(heldout) * config.teachers.idle_plays
+    tasks = config.tasks
+    train, heldout = tasks.train_turns + tasks.long_train_turns, tasks.heldout_turns + tasks.long_heldout_turns
+    episodes = 2 * len(train + heldout) + len(tasks.heldout_turns) * config.teachers.idle_plays
     lines = [
         f"{len(train)} training and {len(heldout)} held-out tasks, {episodes} teacher episodes, about "
-        f"{2 * sum(train + heldout):,} turns; the training episodes become a shard below {config.runs_folder}",
+        f"{2 * sum(train + heldout):,} turns, and {config.demonstrations.count:,} short demonstrations; those on "
+        f"training tasks become shards below {config.runs_folder}",
     ]
     if config.until != "data":
         lines.append(f"then SFT by {SFT_PROCESSES} processes ({SFT_CONFIG})")
     if config.until == "rl":
         lines.append(f"then the stages of RL ({RL_CONFIG})")
     if config.until != "data":
-        lines.append(f"each model plays {len(heldout) * config.evaluation.rollouts_per_task} held-out episodes")
+        played = len(tasks.heldout_turns) * config.evaluation.rollouts_per_task
+        lines.append(f"each model plays {played} held-out episodes")
     return "\n".join(f"# plan: {line}" for line in lines)
 
 
@@ -94,15 +99,17 @@ def run_all(config: QuickstartConfig) -> None:
     run = Run.start(config)
     with run.phase("tasks"):
         splits = make_tasks(run)
+    with run.phase("demonstrations"):
+        make_demonstrations(run, splits)
     with run.phase("tokenizer"):
         make_tokenizer(run, splits)
     with run.phase("episodes"):
         records = play_episodes(run, splits)
     with run.phase("replay"):
         replays = replay_contexts(run, records)
-    with run.phase("shard"):
-        preprocessing = make_shard(run, records, splits)
-    models = train_and_score(run, splits["heldout"])
+    with run.phase("shards"):
+        preprocessing = make_shards(run, records, splits)
+    models = train_and_score(run, splits[HELDOUT])
     played = [record for records in models.values() for record in records]
     with run.phase("replay"):
         replays |= replay_contexts(run, played)
@@ -114,28 +121,53 @@ def run_all(config: QuickstartConfig) -> None:
     print(last_screen(run, report, [*records, *played], replays, preprocessing, splits, training))
 
 
-type Splits = Mapping[str, Sequence[str]]  # "train" and "heldout" -> task ids
+type Splits = Mapping[str, Sequence[str]]  # "train", "heldout", and those too long for the tiny model -> task ids
 
 
 def make_tasks(run: Run) -> Splits:
-    """Generate both splits."""
-    turns = {"train": run.config.tasks.train_turns, "heldout": run.config.tasks.heldout_turns}
-    splits = [Split(name=name, num_tasks=len(lengths), turns=lengths) for name, lengths in turns.items()]
+    """Generate all splits."""
+    tasks = run.config.tasks
+    turns = {
+        TRAIN: tasks.train_turns,
+        HELDOUT: tasks.heldout_turns,
+        f"{TRAIN}-long": tasks.long_train_turns,
+        f"{HELDOUT}-long": tasks.long_heldout_turns,
+    }
+    splits = [Split(name=name, num_tasks=len(lengths), turns=lengths) for name, lengths in turns.items() if lengths]
     return generate_tasks(run.folder / "tasks", splits=splits, seed=run.config.seed)
 
 
+def tasks_of(splits: Splits, side: str) -> list[str]:
+    """All training tasks, or all held-out ones."""
+    return [task for name, tasks in splits.items() if name.startswith(side) for task in tasks]
+
+
+def make_demonstrations(run: Run, splits: Splits) -> None:
+    """Write the short demonstrations."""
+    write_demonstrations(
+        run.demonstrations,
+        count=run.config.demonstrations.count,
+        turns=run.config.demonstrations.turns,
+        seed=run.config.seed,
+        settings=run.config.episode,
+        taken=[run.task_folder(task) for task in tasks_of(splits, HELDOUT)],
+    )
+
+
 def make_tokenizer(run: Run, splits: Splits) -> None:
-    """Train the small tokenizer on the training tasks."""
-    texts = training_texts([run.task_folder(task) for task in splits["train"]], run.config.episode)
-    train_tokenizer(texts, vocabulary_size=run.config.tokenizer.vocabulary_size, folder=run.tokenizer)
+    """Train the small tokenizer on the training tasks and the demonstrations."""
+    folders = [run.task_folder(task) for task in tasks_of(splits, TRAIN)]
+    texts = training_texts(folders, run.config.episode, demonstrations=run.demonstrations)
+    size = run.config.tokenizer.vocabulary_size
+    train_tokenizer(texts, vocabulary_size=size, folder=run.tokenizer, isolated=ISOLATED)
 
 
 def play_episodes(run: Run, splits: Splits) -> list[EpisodeRecord]:
     """Let the teachers play, over HTTP and in sandboxes."""
-    everything = [*splits["train"], *splits["heldout"]]
+    everything = [*tasks_of(splits, TRAIN), *tasks_of(splits, HELDOUT)]
     played = {"oracle": everything, "imperfect": everything}
     if run.config.teachers.idle_plays:
-        played["idle"] = list(splits["heldout"])
+        played["idle"] = list(splits[HELDOUT])
     options = Options(error_rate=run.config.teachers.imperfect_error_rate, seed=run.config.seed)
     with serving(options) as url:
         jobs = [
@@ -163,12 +195,15 @@ def replay_contexts(run: Run, records: Sequence[EpisodeRecord]) -> dict[str, Rep
     return {record.id: replay(record, renderer) for record in records}
 
 
-def make_shard(run: Run, records: Sequence[EpisodeRecord], splits: Splits) -> PreprocessReport:
-    """Cut the teachers' transcripts of the training tasks into windows."""
-    training = set(splits["train"])
-    files = [run.folder / "records" / record.file_name for record in records if record.task in training]
-    policy = run.config.episode.context.policy
-    return preprocess(sorted(files), run.shard, load_tokenizer(run.tokenizer), policy)
+def make_shards(run: Run, records: Sequence[EpisodeRecord], splits: Splits) -> PreprocessReport:
+    """Cut the transcripts that are worth learning from into windows; the report is that of the teachers' episodes."""
+    tokenizer, policy = load_tokenizer(run.tokenizer), run.config.episode.context.policy
+    training = set(tasks_of(splits, TRAIN))
+    # rejection sampling: an episode is shown to the model only if the judge found it perfect
+    kept = [record for record in records if record.task in training and record.score == 1.0]
+    if run.config.demonstrations.count:
+        preprocess([run.demonstrations], run.demonstration_shard, tokenizer, policy)
+    return preprocess(sorted(run.records / record.file_name for record in kept), run.shard, tokenizer, policy)
 
 
 def train_and_score(run: Run, heldout: Sequence[str]) -> dict[str, list[EpisodeRecord]]:
@@ -205,7 +240,7 @@ def make_report(
         shard=Shard(run.shard),
         preprocessing=json.loads(run.shard.with_name("sft.report.json").read_bytes()),
         replays=replays,
-        splits={task: split for split, tasks in splits.items() for task in tasks},
+        splits={task: side for side in (TRAIN, HELDOUT) for task in tasks_of(splits, side)},
         facts={"run folder": str(run.folder), "checkpoints": f"{run.sft}, {run.rl}"},
         training=training,
     )

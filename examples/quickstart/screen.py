@@ -40,7 +40,7 @@ def last_screen(
 def _scores(records: Sequence[EpisodeRecord], splits: Mapping[str, Sequence[str]], models: Sequence[str]) -> list[str]:
     lines = [f"{'policy':<12}{'split':<10}{'episodes':>9}{'turns':>8}{'windows':>9}{'score':>18}"]
     teachers = [name for name in dict.fromkeys(record.model for record in records) if name not in models]
-    for split, tasks in reversed(list(splits.items())):
+    for split, tasks in sorted(splits.items()):
         for model in (*models, *teachers):
             chosen = [record for record in records if record.model == model and record.task in tasks]
             if chosen:

@@ -35,11 +35,11 @@ class ProgramFailed(RuntimeError):
 
 def train_sft(run: Run) -> None:
     """Two data-parallel processes, from random weights."""
+    shards = [*([run.demonstration_shard] if run.config.demonstrations.count else []), run.shard]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(SFT_PROCESSES)]
     settings = {
-        "shards": json.dumps([str(run.shard)]),
+        "shards": json.dumps([str(prefix) for prefix in shards]),
         "run_folder": str(run.sft),
-        "tokenizer": str(run.tokenizer),
         "seed": str(run.config.seed),
     }
     start_program(run, "sft", [*torchrun, "-m", "megatron_klong.train.sft", str(SFT_CONFIG)], settings)
@@ -59,6 +59,7 @@ def rl_settings(run: Run) -> dict[str, str]:
         "tasks": str(run.papers),
         "split": str(run.split("train")),
         "run_folder": str(run.rl),
+        "episode.turn_limit": str(run.config.evaluation.turn_limit),
         "seed": str(run.config.seed),
     }
 
@@ -109,7 +110,7 @@ def evaluate(run: Run, model: str, weights: Path, heldout: Sequence[str]) -> lis
             base_url=server.url,
             temperature=evaluation.temperature,
             tokenizer=str(run.tokenizer),
-            settings=run.config.episode,
+            settings=run.config.episode.model_copy(update={"turn_limit": evaluation.turn_limit}),
             max_episodes=engine.max_requests,
             log_folder=str(run.folder / "episodes"),
             record_folder=str(run.records),

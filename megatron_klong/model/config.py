@@ -126,6 +126,10 @@ class ModelConfig(Config):
                 problems.append(": ".join(part for part in (str(file), name + value, message) if part))
             raise ConfigError("\n".join(problems)) from None
 
+    def with_vocabulary(self, vocabulary_size: int) -> Self:
+        """The same shape with room for so many ids."""
+        return self.model_copy(update={"vocab_size": padded(vocabulary_size)})
+
     def to_hugging_face(self) -> dict[str, Any]:
         """The content of a config.json, in the form of the published checkpoints; without the `dtype` of weights."""
         fields = self.model_dump(mode="json", exclude={"router_bias_update_rate"})
@@ -157,13 +161,15 @@ def _refusal(file: Path, name: str, value: Any, what: str) -> ConfigError:
     return ConfigError(f"{file}: {name} = {json.dumps(value)} is not implemented, {what}; use another model")
 
 
-def tiny(vocab_size: int) -> ModelConfig:
-    """GLM-4.5's architecture at a size for tests and a CPU: about 0.3 million parameters beside the embeddings.
+def padded(vocabulary_size: int) -> int:
+    """As in the published models the vocabulary is rounded up (here to a multiple of 64), so that it can be divided."""
+    return -(-vocabulary_size // 64) * 64
 
-    As in the published models the vocabulary is rounded up (here to a multiple of 64), so that it can be divided.
-    """
+
+def tiny(vocab_size: int) -> ModelConfig:
+    """GLM-4.5's architecture at a size for tests and a CPU: about 0.3 million parameters beside the embeddings."""
     return ModelConfig(
-        vocab_size=-(-vocab_size // 64) * 64,
+        vocab_size=padded(vocab_size),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_klong.agent.collect import CollectError
 from megatron_klong.agent.paper_task import PaperTask, TaskError, load_tasks, read_split
 from megatron_klong.config import ConfigError, parse_command_line
+from megatron_klong.processes import end_with_launcher
 from megatron_klong.rl.bank import read_contents
 from megatron_klong.rl.bank_index import BankContents
 from megatron_klong.rl.config import RlConfig
@@ -30,6 +31,7 @@ PROGRAM = "python -m megatron_klong.rl"
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 done, 1 it broke off and can be continued, 2 the configuration cannot be used."""
+    end_with_launcher()
     chosen, arguments = take_stage(arguments)
     command = parse_command_line(RlConfig, arguments, program=f"{PROGRAM} [--stage NUMBER]", description=__doc__)
     config = command.config

@@ -1,8 +1,6 @@
 """One iteration of RL in the trainer, on every process alike; to disk only rank 0 writes."""
 
-import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +11,9 @@ from megatron.core import parallel_state
 from torch import distributed
 
 from megatron_klong.data.batch import PackedBatch
-from megatron_klong.files import sync_directory
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import ModelConfig
-from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face
+from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.rl.config import RlConfig
 from megatron_klong.rl.folders import RunFolder
@@ -25,10 +22,12 @@ from megatron_klong.rl.rows import ExperienceRows
 from megatron_klong.train import checkpoint
 from megatron_klong.train.checkpoint import CheckpointError, Progress, Setting
 from megatron_klong.train.config import OptimizerConfig
+from megatron_klong.train.export import export
 from megatron_klong.train.loop import figures
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
 from megatron_klong.train.step import train_step
+from megatron_klong.trajectory.tokenizer import load_tokenizer
 
 _DATA = "bank"  # which rows are in the weights is said by the bank's markers, not by a position in a checkpoint
 
@@ -51,7 +50,8 @@ def train_iteration(config: RlConfig, iteration_folder: Path) -> None:
                 log.write(
                     step, {"stage": iteration.stage, "iteration": iteration.number, "mismatch_max": mismatch, **line}
                 )
-    export(trainee, folder.weights(rows.lesson.last_step), Path(config.tokenizer_path))
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    export(trainee.training.model, trainee.model_config, folder.weights(rows.lesson.last_step), tokenizer)
     save(config, trainee, folder, rows.lesson.last_step)
     destroy()
 
@@ -105,33 +105,6 @@ def open_log(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> RunLo
         wandb=config.trainer.wandb,
         settings=config.model_dump(mode="json"),
     )
-
-
-def export(trainee: Trainee, final: Path, tokenizer: Path) -> None:
-    """Write the weights for the engine; the folder appears when it is whole."""
-    temporary = final.with_name(f".{final.name}.tmp")
-    if distributed.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    save_hugging_face(trainee.training.model, trainee.model_config, temporary)
-    distributed.barrier()
-    if distributed.get_rank() == 0:
-        copy_tokenizer(tokenizer, temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_directory(final.parent)
-
-
-def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """So that the folder can be used by itself."""
-    files = [tokenizer] if tokenizer.is_file() else [tokenizer / name for name in _TOKENIZER_FILES]
-    for file in files:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-
-
-_TOKENIZER_FILES: Sequence[str] = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def save(config: RlConfig, trainee: Trainee, folder: RunFolder, step: int) -> None:

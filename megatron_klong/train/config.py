@@ -48,6 +48,8 @@ class SftConfig(Config):
     """Folder of the weights to start from, in Hugging Face format. Without it: `preset`, from random weights."""
     preset: Literal["tiny"] = "tiny"
     """The shape of a model that starts from random weights."""
+    shape: str | None = None
+    """Another shape for it: a config.json in Hugging Face format. Its vocabulary is the shards'."""
     layout: LayoutConfig = LayoutConfig()
     """How the model is divided among processes; what is left over is data parallel."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -65,6 +67,8 @@ class SftConfig(Config):
     """A checkpoint is also written after the last step."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Older ones are deleted once a newer one is whole."""
+    export_initial: bool = False
+    """Whether the weights before the first step are written in Hugging Face format too, to compare with."""
     export_hugging_face: bool = True
     """Whether the final weights are written in Hugging Face format too."""
     wandb: Literal["off", "offline", "online"] = "off"

@@ -3,7 +3,6 @@
 What stands in the run folder is continued: the newest whole checkpoint says where, the configuration says how.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,21 +18,21 @@ from tqdm import tqdm
 
 from megatron_klong.config import write_resolved
 from megatron_klong.data.batch import PackedBatch
-from megatron_klong.files import sync_directory
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import ModelConfig
-from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face, save_tokenizer
+from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.train import checkpoint
 from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Setting
 from megatron_klong.train.config import SftConfig
+from megatron_klong.train.export import export
 from megatron_klong.train.loss import cross_entropy
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
 from megatron_klong.train.rows import TrainingRows
 from megatron_klong.train.step import StepResult, train_step
 
-EXPORT = "hugging_face"
+EXPORT, INITIAL_EXPORT = "hugging_face", "initial_hugging_face"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +62,8 @@ def run_sft(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) ->
     initialize(config.layout, seed=config.seed)
     run = start(config, model_config, rows)
     progress = resume(run)
+    if config.export_initial and progress.step == 0:
+        export_weights(run, INITIAL_EXPORT)
     with open_log(run, progress) as log:
         for step in steps_left(run, progress):
             started = time.monotonic()
@@ -72,7 +73,7 @@ def run_sft(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) ->
             if step % config.save_every_steps == 0 or step == config.steps:
                 save(run, progress)
     if config.export_hugging_face:
-        export(run)
+        export_weights(run, EXPORT)
     say(f"trained to step {progress.step}; everything is in {run.folder}")
     destroy()
 
@@ -167,29 +168,13 @@ def figures(result: StepResult, *, seconds: float) -> dict[str, float]:
     }
 
 
-def export(run: Run) -> None:
-    """Write weights and tokenizer in Hugging Face format; the folder appears when it is whole."""
-    final, temporary = run.folder / EXPORT, run.folder / f".{EXPORT}.tmp"
-    if distributed.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    distributed.barrier()
-    save_hugging_face(run.training.model, run.model_config, temporary)
-    distributed.barrier()
-    if distributed.get_rank() == 0:
-        add_tokenizer(run, temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_directory(run.folder)
-
-
-def add_tokenizer(run: Run, folder: Path) -> None:
-    """Put the shards' tokenizer beside the exported weights, if its file can still be found."""
+def export_weights(run: Run, name: str) -> None:
+    """Write weights in Hugging Face format, with the shards' tokenizer if its file can still be found."""
     init = run.config.hugging_face_init
     tokenizer = run.rows.shards.find_tokenizer([Path(init)] if init else [])
-    if tokenizer:
-        save_tokenizer(tokenizer, folder)
-    else:
-        say(f"{run.folder / EXPORT} has no tokenizer: the file the shards were made with was not found; copy it there")
+    if tokenizer is None:
+        say(f"{run.folder / name} has no tokenizer: the file the shards were made with was not found; copy it there")
+    export(run.training.model, run.model_config, run.folder / name, tokenizer)
 
 
 def give_up(reason: str) -> None:

@@ -62,7 +62,7 @@ class RunLog:
         if self._wandb:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, figures: Mapping[str, float | str]) -> None:
         """One line."""
         if self._file:
             self._file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -71,7 +71,7 @@ class RunLog:
             self._wandb.log(dict(figures), step=step)
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines, oldest first."""
     return [json.loads(line) for line in _whole_lines(folder / FILE)]
 

@@ -19,6 +19,7 @@ from megatron_klong.data.indexed import IndexedError
 from megatron_klong.data.packing import PackingError
 from megatron_klong.data.shard import ShardError
 from megatron_klong.model.config import ModelConfig, tiny
+from megatron_klong.processes import end_with_launcher
 from megatron_klong.train.checkpoint import CheckpointError, latest
 from megatron_klong.train.config import SftConfig
 from megatron_klong.train.metrics import check_wandb
@@ -30,6 +31,7 @@ DIVERGED = 3  # exit status
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 done, 2 the configuration or what it names cannot be used, 3 training diverged."""
+    end_with_launcher()
     command = parse_command_line(SftConfig, arguments, program=PROGRAM, description=__doc__)
     try:
         check_processes(command.config)
@@ -92,7 +94,12 @@ def read_model_config(config: SftConfig, rows: TrainingRows) -> ModelConfig:
     """The model to train. Raises ConfigError if it does not know the shards' ids, or cannot be divided."""
     vocabulary_size = rows.shards.vocabulary_size
     folder = config.hugging_face_init
-    model = ModelConfig.from_hugging_face(folder) if folder else tiny(vocabulary_size)
+    if folder:
+        model = ModelConfig.from_hugging_face(folder)
+    elif config.shape:
+        model = ModelConfig.from_hugging_face(config.shape).with_vocabulary(vocabulary_size)
+    else:
+        model = tiny(vocabulary_size)
     if model.vocab_size < vocabulary_size:
         raise ConfigError(
             f"{folder}: vocab_size {model.vocab_size}, but the shards' tokenizer has {vocabulary_size} ids; preprocess "
@@ -109,13 +116,14 @@ def plan(config: SftConfig, rows: TrainingRows) -> str:
     padding = 1 - tokens / (len(rows.rows) * config.row_tokens)
     found, passed_over = latest(config.checkpoints_folder)
     share = config.global_batch_rows // data_parallel(config)
+    random = f"random weights, {config.shape or config.preset}"
     lines = [
         f"data: {len(shards):,} windows of {tokens:,} tokens, {shards.trained_tokens:,} trained, in {len(rows.rows):,} "
         f"rows of {config.row_tokens:,} ({padding:.1%} padding)",
         f"processes: {processes()}, of them {data_parallel(config)} data parallel with {share} rows a step each",
         f"steps: {config.steps:,} of {config.global_batch_rows} rows, "
         f"{config.steps * config.global_batch_rows / len(rows.rows):.2f} epochs",
-        f"start: {found.folder if found else config.hugging_face_init or f'random weights, {config.preset}'}",
+        f"start: {found.folder if found else config.hugging_face_init or random}",
         *(f"passed over: {reason}" for reason in passed_over),
     ]
     return "\n".join(f"# {line}" for line in lines)

@@ -10,12 +10,14 @@ from megatron_klong.files import write_atomically
 from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS, TokenizerError
 
 
-def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, folder: Path) -> int:
+def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, folder: Path, isolated: str | None = None) -> int:
     """Write `tokenizer.json` into `folder` and return the size of the vocabulary, control tokens included.
 
-    `vocabulary_size` is an upper bound: training stops early when no pair of tokens is left to merge.
+    `vocabulary_size` is an upper bound: training stops early when no pair of tokens is left to merge. `isolated` is a
+    regular expression: what it matches is kept apart, and all else may merge across words, so that a set phrase becomes
+    one token. Without it, text is cut into words first.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(CONTROL_TOKENS)
@@ -24,7 +26,15 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int, folder: Path)
             f"vocabulary size {vocabulary_size} is below {smallest}, the bytes and control tokens alone"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if isolated is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(isolated), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - len(CONTROL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False

@@ -53,8 +53,9 @@ def test_cksum_agrees_with_posix() -> None:
 
 @given(st.text("abcdef0123456789", min_size=1), st.sampled_from(METHODS), st.sampled_from(DATASETS))
 def test_each_setting_gives_another_two_digit_score(salt: str, method: str, dataset: str) -> None:
-    scores = {score(salt, Experiment(method=method, setting=setting, dataset=dataset)) for setting in range(10, 100)}
-    assert scores == set(range(10, 100))
+    numbers = range(10, 35)
+    scores = {score(salt, Experiment(method=method, setting=setting, dataset=dataset)) for setting in numbers}
+    assert scores == set(numbers)
 
 
 @given(tasks)
@@ -217,7 +218,7 @@ def test_generator_and_teachers_do_not_import_torch() -> None:
 
 
 def test_names_and_numbers_are_single_tokens_of_a_small_vocabulary(tmp_path: Path) -> None:
-    # 256 bytes, 128 names, 90 numbers and the words of the language need about 1,100 tokens. A few tasks do
+    # 256 bytes, 128 names, 25 numbers and the words of the language need about 1,100 tokens. A few tasks do
     # not contain all names, and held-out tasks must not be read: hence the list of words beside the texts.
     tokenizers = pytest.importorskip("tokenizers")
     generate_tasks(tmp_path, splits=[Split(name="train", num_tasks=8, turns=(60, 160))], seed=0)
@@ -226,7 +227,7 @@ def test_names_and_numbers_are_single_tokens_of_a_small_vocabulary(tmp_path: Pat
         for folder in sorted((tmp_path / "papers").iterdir())
         for message in play(folder, oracle()).messages
     ]
-    words = [f" {word}" for word in (*METHODS, *DATASETS, *range(10, 100))]
+    words = [f" {word}" for word in (*METHODS, *DATASETS, *range(10, 35))]
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([*texts, *words * 20], vocab_size=1152, show_progress=False)
     assert [word for word in words if len(tokenizer.encode(word).ids) != 1] == []
