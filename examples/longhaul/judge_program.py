@@ -19,6 +19,8 @@ DEVELOPMENT_WEIGHT, EXECUTION_WEIGHT, ANALYSIS_WEIGHT = 1, 3, 1
 CHECK_TIMEOUT = "30s"
 NAMESPACE = UUID("6f3c1c9a-5c0e-4d59-9f0e-3d2a1b7e8c44")
 
+RUNS = "reproduce.sh runs an experiment to its end and prints a score."
+DRAFTED = "report.md names a headline with a number."
 RECORDED = "The score of {method} on {dataset} is recorded in results.txt."
 REPRODUCED = "reproduce.sh runs {method} on {dataset} and prints its score."
 REPORTED = "report.md names the score of {method} on {dataset}."
@@ -29,7 +31,7 @@ PRESENTATION = RESULT_ANALYSIS, "Logging, Analysis & Presentation"
 # All is inside functions: the shell has read the whole program before it runs anything of the submission.
 CHECK_PROGRAM = """\
 #!/bin/sh
-# One leaf: sh check.sh record|report|reproduce METHOD SETTING DATASET [SALT]; exit 0 = fulfilled.
+# One leaf: sh check.sh record|draft|report|runs|reproduce METHOD SETTING DATASET [SALT]; exit 0 = fulfilled.
 fail() { echo "$*"; exit 1; }
 plain() { if [ ! -f "$1" ] || [ -L "$1" ]; then fail "$1 is missing or no plain file"; fi; }
 last_word() { echo "${1##* }"; }
@@ -64,12 +66,28 @@ reproduce() {
     echo "reproduce.sh prints $want"
 }
 
+draft() {
+    plain report.md
+    grep -Eq '^headline [a-z]+ [a-z]+ [0-9]+$' report.md || fail "report.md: no headline with a number"
+}
+
+runs() {
+    plain reproduce.sh
+    original=$(cat /home/judge/run)
+    rm -rf run
+    echo "$original" > run && chmod 755 run
+    found=$(bash reproduce.sh 2>&1 | tail -n 1)
+    echo "$found" | grep -Eq '^score of [a-z]+ on [a-z]+ is [0-9]+$' || fail "reproduce.sh: printed $found"
+}
+
 main() {
     step=$1 method=$2 setting=$3 dataset=$4 salt=$5
     cd /home/submission || fail "there is no submission"
     case $step in
         record) same results.txt "$method $dataset" ;;
         report) same report.md "headline $method $dataset" ;;
+        draft) draft ;;
+        runs) runs ;;
         reproduce) reproduce "$salt" ;;
         *) echo "unknown step $step" ; exit 2 ;;
     esac
@@ -92,7 +110,7 @@ class _Builder:
         node_id = self._id(f"{step}/{method}/{dataset}")
         command = " ".join(["sh check.sh", step, method, str(experiment.setting), dataset, *more])
         self.checks[node_id] = {"command": command, "timeout": CHECK_TIMEOUT}
-        if step == "reproduce":
+        if step in ("runs", "reproduce"):
             self.checks[node_id]["runs_submission"] = True
         return TaskNode(
             id=node_id,
@@ -121,12 +139,19 @@ def rubric_and_checks(paper: Paper, *, key: str, other_salt: str) -> tuple[TaskN
         )
         for dataset, experiments in _by_dataset(paper).items()
     ]
-    reproduce = build.leaf("reproduce", paper.headline, REPRODUCED, IMPLEMENTATION, other_salt)
-    report = build.leaf("report", paper.headline, REPORTED, PRESENTATION)
+    # half of what script and report are worth is for their being there and working, whatever the number
+    reproduce = [
+        build.leaf("runs", paper.headline, RUNS, IMPLEMENTATION),
+        build.leaf("reproduce", paper.headline, REPRODUCED, IMPLEMENTATION, other_salt),
+    ]
+    report = [
+        build.leaf("draft", paper.headline, DRAFTED, PRESENTATION),
+        build.leaf("report", paper.headline, REPORTED, PRESENTATION),
+    ]
     parts = [
-        build.inner("development", "The headline can be reproduced.", DEVELOPMENT_WEIGHT, [reproduce]),
+        build.inner("development", "The headline can be reproduced.", DEVELOPMENT_WEIGHT, reproduce),
         build.inner("execution", "Every experiment has been run and recorded.", EXECUTION_WEIGHT, execution),
-        build.inner("analysis", "The headline is reported.", ANALYSIS_WEIGHT, [report]),
+        build.inner("analysis", "The headline is reported.", ANALYSIS_WEIGHT, report),
     ]
     root = build.inner("root", "The core contributions of the paper have been reproduced.", 1, parts)
     return root, {"version": 1, "checks": build.checks}

@@ -159,6 +159,36 @@ def test_interrupted_at_any_moment_it_leaves_nothing(tmp_path: Path, scratch: Pa
     assert [path for path in scratch.rglob("*") if "klong" in path.name and path.is_dir() and any(path.iterdir())] == []
 
 
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_it_trains_it_leaves_nothing(
+    tmp_path: Path, scratch: Path, signal_number: signal.Signals
+) -> None:
+    quick = ("--tasks.train_turns", "[10]", "--tasks.heldout_turns", "[10]", "--teachers.idle_plays", "false")
+    started = subprocess.Popen(
+        command(tmp_path / "runs", *SMALL, *quick),
+        cwd=REPOSITORY,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert started.stdout is not None
+    assert any(line.startswith("sft ...") for line in started.stdout)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("*/sft/metrics.jsonl")):
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(_processes_that_know(str(scratch))) >= 4  # itself, the launcher, two processes that train
+    os.killpg(started.pid, signal_number)
+    started.communicate(timeout=60)
+    deadline = time.monotonic() + 15
+    while (left := _processes_that_know(str(scratch))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
 def test_killed_with_sigkill_its_workers_and_sandboxes_end_too(tmp_path: Path, scratch: Path) -> None:
     started = subprocess.Popen(
         command(tmp_path / "runs"),

@@ -140,7 +140,8 @@ def test_imperfect_submissions_score_between(url: str, tasks: dict[int, Path], t
 @pytest.mark.parametrize("turns", [10, 20])
 def test_even_only_mistakes_score_above_zero(tasks: dict[int, Path], turns: int) -> None:
     files = play(tasks[turns], imperfect(error_rate=1, seed=0)).files
-    assert grade(tasks[turns], submission(tasks[turns], files)).score == pytest.approx(0.2)  # the reproduction
+    drafted = 0.1 if files["report.md"].split()[-1].isdigit() else 0.0
+    assert grade(tasks[turns], submission(tasks[turns], files)).score == pytest.approx(0.2 + drafted)  # reproduction
 
 
 def test_idle_and_empty_submissions_score_zero(url: str, tasks: dict[int, Path]) -> None:
@@ -148,10 +149,10 @@ def test_idle_and_empty_submissions_score_zero(url: str, tasks: dict[int, Path])
     assert commands == []
     for nothing in (archive, submission(tasks[20], {}), b""):
         graded = grade(tasks[20], nothing)
-        assert (graded.score, len(failed(graded))) == (0.0, 9)
+        assert (graded.score, len(failed(graded))) == (0.0, 11)
 
 
-# Task of 20 turns: weights 1 : 3 : 1 and 7 experiments, so script 0.2, each experiment 0.6/7, report 0.2.
+# Task of 20 turns: weights 1 : 3 : 1 and 7 experiments, so script 0.1 + 0.1, each experiment 0.6/7, report 0.1 + 0.1.
 EXPERIMENT = 0.6 / 7
 
 
@@ -206,14 +207,22 @@ def test_the_last_line_of_an_experiment_counts(tasks: dict[int, Path], perfect: 
 
 def test_a_missing_or_idle_script_costs_its_leaf(tasks: dict[int, Path], perfect: dict[str, str]) -> None:
     for script in (None, "", "./run\n", "exit 1\n"):
-        check(tasks[20], {**perfect, "reproduce.sh": script}, 0.2, 1)
+        check(tasks[20], {**perfect, "reproduce.sh": script}, 0.2, 2)
+
+
+def test_a_script_that_runs_another_experiment_costs_half(
+    tasks: dict[int, Path], perfect: dict[str, str], facts: dict[str, Any]
+) -> None:
+    other = next(e for e in facts["experiments"] if e["method"] != facts["headline"]["method"])
+    script = f"./run {other['method']} {other['setting']} {other['dataset']}\n"
+    check(tasks[20], {**perfect, "reproduce.sh": script}, 0.1, 1)
 
 
 def test_a_script_that_prints_a_remembered_number_costs_its_leaf(
     tasks: dict[int, Path], perfect: dict[str, str]
 ) -> None:
     number = perfect["report.md"].split()[-1]
-    check(tasks[20], {**perfect, "reproduce.sh": f"echo {number}\n"}, 0.2, 1)
+    check(tasks[20], {**perfect, "reproduce.sh": f"echo {number}\n"}, 0.2, 2)
 
 
 def test_a_script_may_print_more_before_its_number(tasks: dict[int, Path], perfect: dict[str, str]) -> None:
@@ -223,8 +232,10 @@ def test_a_script_may_print_more_before_its_number(tasks: dict[int, Path], perfe
 
 def test_a_report_of_another_number_costs_its_leaf(tasks: dict[int, Path], perfect: dict[str, str]) -> None:
     start, number = perfect["report.md"].rsplit(" ", 1)
-    for report in (None, "", f"{start} missing\n", f"{perfect['report.md']}{start} 10\n", number):
-        check(tasks[20], {**perfect, "report.md": report}, 0.2, 1)
+    for report in (None, "", f"{start} missing\n", number):
+        check(tasks[20], {**perfect, "report.md": report}, 0.2, 2)
+    other = 11 if number.strip() == "10" else 10
+    check(tasks[20], {**perfect, "report.md": f"{perfect['report.md']}{start} {other}\n"}, 0.1, 1)
 
 
 def test_a_changed_program_earns_nothing(tasks: dict[int, Path], perfect: dict[str, str]) -> None:
@@ -252,4 +263,4 @@ def test_a_script_that_rewrites_the_judge_spoils_no_other_leaf(tasks: dict[int, 
         "for file in /home/judge/check.sh /home/judge/run; do echo 'exit 0' > $file; done\n"
         "echo lamp oak 10 > /home/submission/results.txt\necho 10\n"
     )
-    check(tasks[20], {**perfect, "reproduce.sh": script}, 0.2, 1)
+    check(tasks[20], {**perfect, "reproduce.sh": script}, 0.2, 2)

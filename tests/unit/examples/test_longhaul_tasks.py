@@ -109,17 +109,17 @@ def test_a_task_folder_is_complete_and_keeps_the_judges_side_apart(tmp_path: Pat
     assert (folder / "workspace/run").read_bytes() == (folder / "judge/run").read_bytes()
 
 
-def test_the_rubric_has_a_check_for_each_experiment_and_two_more(tmp_path: Path) -> None:
+def test_the_rubric_has_a_check_for_each_experiment_and_four_more(tmp_path: Path) -> None:
     generate_task(tmp_path, task_id="one", seed=1, turns=30)
     task = load_programmatic_rubric(tmp_path / "papers/one")
     leaves = task.root.leaves()
     categories = [leaf.task_category for leaf in leaves.values()]
     assert {name: categories.count(name) for name in categories} == {
-        "Code Development": 1,
+        "Code Development": 2,
         "Code Execution": 12,
-        "Result Analysis": 1,
+        "Result Analysis": 2,
     }
-    assert [task.check_of(leaf).runs_submission for leaf in leaves.values()] == [True, *[False] * 13]
+    assert [task.check_of(leaf).runs_submission for leaf in leaves.values()] == [True, True, *[False] * 14]
     # weights 1 : 3 : 1, each of the 12 experiments the same: 3/5/12 = 0.05
     one = {path: LeafScore(score=int(path == "0.1.2.3"), explanation="") for path in leaves}
     assert grade(task.root, one).score == pytest.approx(0.05)
