@@ -30,9 +30,9 @@ fi
 
 # Trainer processes meet on the first node, at a port that follows from the job; the engine listens there too.
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node -o "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export MASTER_ADDR MASTER_PORT
+KLONG_FIRST_ADDRESS=$(scontrol show node -o "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+KLONG_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export KLONG_FIRST_ADDRESS KLONG_PORT
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} # a process a core must not start a thread on every core
 
 echo "[rl] $(date -u +%FT%TZ) job $SLURM_JOB_ID: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"

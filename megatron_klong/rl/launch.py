@@ -1,7 +1,7 @@
 """How engine and trainer are started: as children on this machine, or as steps of the Slurm job this runs in.
 
-Under Slurm the batch script has set MASTER_ADDR and MASTER_PORT; engine and trainer run one after the other, so each
-step may take the whole allocation.
+Under Slurm the batch script has set the address of the first node and a port; engine and trainer run one after the
+other, so each step may take the whole allocation.
 """
 
 import os
@@ -16,6 +16,7 @@ from megatron_klong.config import ConfigError
 from megatron_klong.rl.config import RlConfig
 
 _STOP_SECONDS = 20.0
+_ADDRESS, _PORT = "KLONG_FIRST_ADDRESS", "KLONG_PORT"
 _RANKS = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
 
@@ -59,15 +60,20 @@ def make_launcher(config: RlConfig) -> Launcher:
             # torchrun stands between: its death ends its processes once they have started up, not before
             environment={"OMP_NUM_THREADS": threads, processes.ANCESTOR: str(os.getpid())},
         )
-    missing = [name for name in ("SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("SLURM_JOB_ID", _ADDRESS, _PORT) if name not in os.environ]
     if missing:
         raise ConfigError(f"launcher = slurm, but {', '.join(missing)} is not set; sbatch slurm/rl_stage.sh sets it")
     step = ("srun", "--mpi=none", "--kill-on-bad-exit=1", "--unbuffered")
     return Launcher(
         engine_prefix=(*step, "--nodes=1", "--ntasks=1"),
-        engine_host=os.environ["MASTER_ADDR"],
+        engine_host=os.environ[_ADDRESS],
         trainer_prefix=(*step, f"--ntasks={count}", "bash", "-c", _RANKS, "task", sys.executable),
-        environment={"WORLD_SIZE": str(count), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        environment={
+            "MASTER_ADDR": os.environ[_ADDRESS],
+            "MASTER_PORT": os.environ[_PORT],
+            "WORLD_SIZE": str(count),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        },
     )
 
 

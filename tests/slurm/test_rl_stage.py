@@ -33,13 +33,20 @@ def submit(slurm: Slurm, run: SmallRun, *arguments: str) -> str:
     return job.strip()
 
 
+def printed(run: SmallRun) -> str:
+    """The job's log, and what engine, workers and trainer had to say."""
+    files = [run.path / "log.txt", *sorted(run.folder.output.glob("*.txt"))]
+    return "".join(f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files if file.exists())
+
+
 def test_cancelled_in_rollouts_it_leaves_no_process_and_submitted_again_it_completes(
     slurm: Slurm, run: SmallRun
 ) -> None:
     job = submit(slurm, run, "--stage", "1")
     deadline = time.monotonic() + 240
     while not run.contents.episodes:
-        assert time.monotonic() < deadline, (run.path / "log.txt").read_text()
+        assert time.monotonic() < deadline, printed(run)
+        assert "exit status" not in printed(run), printed(run)
         time.sleep(0.1)
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED", timeout_seconds=60)
@@ -50,8 +57,7 @@ def test_cancelled_in_rollouts_it_leaves_no_process_and_submitted_again_it_compl
     (banked,) = run.contents.episodes.values()
 
     ended = slurm.wait(submit(slurm, run, "--stage", "1"), "COMPLETED", "FAILED", "TIMEOUT", timeout_seconds=400)
-    log = (run.path / "log.txt").read_text()
-    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), printed(run)
     assert [line["step"] for line in run.metrics] == [1, 2]
     (episodes,) = run.contents.episodes.values()
     assert episodes[: len(banked)] == banked
