@@ -36,6 +36,8 @@ setup(
         "tqdm>=4.66",
         "wandb>=0.27.2",
         "PyYAML>=6.0",
+        "pyarrow>=20",
+        "zstandard>=0.23",
     ],
     extras_require={
         # one tested set of these: requirements-gpu.txt

@@ -1,33 +1,42 @@
-"""Transcripts -> Megatron indexed shard of split sub-trajectories."""
+"""Transcripts -> Megatron indexed shard of split sub-trajectories. Killed and run again, it goes on where it was.
+
+Exit status: 0 finished, refused input is in the report; 2 no shard: nothing usable, a damaged shard, a full disk, or
+any refusal with --strict; 130 interrupted.
+"""
 
 import argparse
+import json
 import sys
-from pathlib import Path
+from typing import Any
 
-from megatron_klong.data.options import add_policy_options, policy_from_options
-from megatron_klong.data.preprocess import preprocess
+from megatron_klong.data.options import add_input_options, add_policy_options, check_input_options, policy_from_options
+from megatron_klong.data.preprocess import merge, preprocess
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="transcript files, or folders of them")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="shard path without suffix, such as data/sft")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="tokenizer.json, SentencePiece .model, or their folder"
-    )
-    parser.add_argument("--add-special-tokens", action="store_true", help="append control tokens the vocabulary lacks")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_input_options(parser)
     add_policy_options(parser)
     options = parser.parse_args()
+    check_input_options(parser, options)
+    chosen = {"overwrite": options.overwrite, "materialized": options.materialize}
     try:
-        tokenizer = load_tokenizer(options.tokenizer, add_special_tokens=options.add_special_tokens)
-        policy = policy_from_options(options)
-        report = preprocess(options.input, options.output_prefix, tokenizer, policy, overwrite=options.overwrite)
+        if options.merge:
+            report = merge(options.merge, options.output_prefix, **chosen)
+        else:
+            tokenizer = load_tokenizer(options.tokenizer, add_special_tokens=options.add_special_tokens)
+            policy = policy_from_options(options)
+            how: dict[str, Any] = {name: vars(options)[name] for name in ("loss_on", "workers", "strict")}
+            how |= {**chosen, "share": options.part}
+            report = preprocess(options.input, options.output_prefix, tokenizer, policy, **how)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    print(report.summary())
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
+    print(json.dumps(report.as_json(), indent=1) if options.json else report.summary())
     return 0
 
 

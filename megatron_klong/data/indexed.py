@@ -8,9 +8,10 @@ Source: megatron/core/datasets/indexed_dataset.py (0.19.2).
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from megatron_klong.trajectory.segments import Segment
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype[np.generic]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+_DTYPES: dict[int, np.dtype[np.generic]] = {1: np.dtype(np.uint8), 4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 # Megatron's own bound: above it, ids would wrap silently in 16 bits.
 _UINT16_VOCABULARY = 65500
 
@@ -34,12 +35,29 @@ def token_dtype(vocabulary_size: int) -> np.dtype[np.generic]:
     return np.dtype(np.uint16 if vocabulary_size < _UINT16_VOCABULARY else np.int32)
 
 
-class IndexedWriter:
-    """Appends documents to an open `.bin`; the `.idx` is written at the end, from what was appended."""
+class Sink(Protocol):
+    """Where bytes go: a file, or something that also counts or hashes them."""
 
-    def __init__(self, file: BinaryIO, *, vocabulary_size: int) -> None:
-        self.dtype = token_dtype(vocabulary_size)
+    def write(self, content: bytes, /) -> int: ...
+
+
+class IndexedWriter:
+    """Appends documents to an open `.bin`; the `.idx` is written at the end, from what was appended.
+
+    Kept in memory: 5 bytes a sequence and 8 a document. with_modes: whether the index holds modes.
+    """
+
+    def __init__(
+        self,
+        file: Sink,
+        *,
+        vocabulary_size: int,
+        dtype: np.dtype[np.generic] | None = None,
+        with_modes: bool = True,
+    ) -> None:
+        self.dtype = dtype or token_dtype(vocabulary_size)
         self._vocabulary_size = vocabulary_size
+        self._with_modes = with_modes
         self._file = file
         self._lengths = array("i")
         self._modes = array("b")
@@ -51,23 +69,67 @@ class IndexedWriter:
 
     def add_document(self, segments: Sequence[Segment]) -> None:
         """Append one document, a sequence a segment. Raises IndexedError for an id outside the vocabulary."""
-        ids = np.fromiter((token for segment in segments for token in segment.ids), dtype=np.int64)
+        lengths = [len(segment) for segment in segments]
+        ids = np.fromiter(chain.from_iterable(segment.ids for segment in segments), dtype=np.int64, count=sum(lengths))
+        self.add_sequences(ids, lengths, (segment.mode for segment in segments))
+
+    def add_sequences(self, ids: NDArray[np.integer], lengths: Iterable[int], modes: Iterable[int]) -> None:
+        """Append one document given as its ids and the length and mode of each sequence. Raises IndexedError."""
         if ids.size and (ids.min() < 0 or ids.max() >= self._vocabulary_size):
             raise IndexedError(f"token id {ids.max()} or {ids.min()} outside the vocabulary of {self._vocabulary_size}")
         self._file.write(ids.astype(self.dtype).tobytes())
-        self._lengths.extend(len(segment) for segment in segments)
-        self._modes.extend(segment.mode for segment in segments)
+        self._lengths.extend(lengths)
+        self._modes.extend(modes)
         self._bounds.append(len(self._lengths))
 
-    def write_index(self, file: BinaryIO) -> None:
+    def write_index(self, file: Sink) -> None:
         """Write the `.idx` that belongs to the `.bin`."""
-        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        offsets = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1] * np.int64(self.dtype.itemsize), out=offsets[1:])
-        file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(self._bounds)))
-        for part in (lengths.tobytes(), offsets.tobytes(), self._bounds.tobytes(), self._modes.tobytes()):
+        file.write(_header(self.dtype, len(lengths), len(self._bounds)))
+        modes = self._modes.tobytes() if self._with_modes else b""
+        for part in (lengths.tobytes(), _byte_offsets(lengths, self.dtype, 0).tobytes(), self._bounds.tobytes(), modes):
             file.write(part)
+
+
+def write_merged_index(file: Sink, prefixes: Sequence[Path]) -> None:
+    """Write the `.idx` of the `.bin` files of `prefixes` laid end to end, with one of theirs in memory at a time."""
+    dtype, sequences, documents = None, 0, 0
+    for prefix in prefixes:
+        reader = IndexedReader(prefix)
+        if dtype not in (None, reader.dtype):
+            raise IndexedError(f"{prefix}: tokens of type {reader.dtype}, {prefixes[0]} has {dtype}; preprocess again")
+        dtype = reader.dtype
+        sequences += len(reader.lengths)
+        documents += len(reader.bounds) - 1
+    assert dtype is not None
+    file.write(_header(dtype, sequences, documents + 1))
+    for prefix in prefixes:
+        file.write(IndexedReader(prefix).lengths.tobytes())
+    tokens = 0
+    for prefix in prefixes:
+        lengths = IndexedReader(prefix).lengths
+        file.write(_byte_offsets(lengths, dtype, tokens).tobytes())
+        tokens += int(lengths.sum(dtype=np.int64))
+    file.write(array("q", [0]).tobytes())
+    sequences = 0
+    for prefix in prefixes:
+        reader = IndexedReader(prefix)
+        file.write((reader.bounds[1:] + sequences).tobytes())
+        sequences += len(reader.lengths)
+    for prefix in prefixes:
+        file.write(IndexedReader(prefix).modes.tobytes())
+
+
+def _header(dtype: np.dtype[np.generic], sequences: int, bounds: int) -> bytes:
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    return _HEADER.pack(_MAGIC, _VERSION, code, sequences, bounds)
+
+
+def _byte_offsets(lengths: NDArray[np.int32], dtype: np.dtype[np.generic], tokens: int) -> NDArray[np.int64]:
+    """Where each sequence begins in the `.bin`, the first one behind so many tokens."""
+    offsets = np.full(len(lengths), tokens, dtype=np.int64)
+    offsets[1:] += np.cumsum(lengths[:-1], dtype=np.int64)
+    return offsets * dtype.itemsize
 
 
 class IndexedReader:
@@ -83,7 +145,7 @@ class IndexedReader:
             raise IndexedError(f"{index_path}: {len(content)} bytes, shorter than a header; preprocess again")
         magic, version, code, sequences, bounds = _HEADER.unpack_from(content)
         if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
-            raise IndexedError(f"{index_path}: not a Megatron index of version 1 with int32 or uint16 tokens")
+            raise IndexedError(f"{index_path}: not a Megatron index of version 1 with int32, uint16 or uint8 tokens")
         expected = _HEADER.size + sequences * (4 + 8 + 1) + bounds * 8
         if len(content) != expected:
             raise IndexedError(

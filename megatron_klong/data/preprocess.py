@@ -1,123 +1,141 @@
 """Transcript files -> one shard and a report of what went in, what came out and what was left out, and why.
 
-Always: every input ends as windows, as a refusal with a reason, or as dropped tokens with a reason.
+Always: every input ends as windows, as a refusal with a reason, or as dropped tokens with a reason; the shard is the
+same byte for byte whatever the number of processes and however often the run was killed and started again.
 """
 
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from megatron_klong.data.shard import ShardWriter
+from megatron_klong.data.loss_on import LossOn
+from megatron_klong.data.materialize import materialize
+from megatron_klong.data.merge import merge_shards
+from megatron_klong.data.parts import REPORT, Settings, make_parts, read_part_report
+from megatron_klong.data.report import PreprocessReport
+from megatron_klong.data.shard_files import shard_file
+from megatron_klong.data.units import find_files, make_units, program_digest
+from megatron_klong.data.work_folder import discard, work_folder
 from megatron_klong.files import write_atomically
 from megatron_klong.trajectory.context import ContextPolicy
-from megatron_klong.trajectory.glm import GlmRenderer
-from megatron_klong.trajectory.importers import read_transcripts, transcript_files
-from megatron_klong.trajectory.importers.refusal import Refusal
 from megatron_klong.trajectory.tokenizer import Tokenizer
-from megatron_klong.trajectory.windows import SplitPlan, split
 
-REPORT_SUFFIX = ".report.json"
+__all__ = ["REPORT", "NothingUsableError", "OutputError", "PreprocessReport", "RefusedError", "Share", "preprocess"]
+
+type Share = tuple[int, int]  # (2, 16): every sixteenth unit, from the third on
 
 
 class NothingUsableError(ValueError):
     """Not one window came out; the message says what became of the input."""
 
 
-@dataclass(kw_only=True)
-class PreprocessReport:
-    """What one run did; token counts are of the stored transcripts, `window_tokens` counts repeats.
-
-    longest_head_tokens: the longest tools and task, which every window must hold.
-    """
-
-    files: int = 0
-    transcripts: int = 0
-    turns: int = 0
-    tokens: int = 0
-    trainable_tokens: int = 0
-    trained_tokens: int = 0
-    windows: int = 0
-    window_tokens: int = 0
-    prefix_tokens: int = 0
-    overlap_tokens: int = 0
-    longest_head_tokens: int = 0
-    window_ends: Counter[str] = field(default_factory=Counter)
-    dropped_tokens: Counter[str] = field(default_factory=Counter)
-    cuts_without_newest_turn: int = 0
-    refusals: list[Refusal] = field(default_factory=list)
-
-    def add(self, turns: int, tokens: int, head_tokens: int, plan: SplitPlan) -> None:
-        """Count one transcript."""
-        self.transcripts += 1
-        self.turns += turns
-        self.tokens += tokens
-        self.trainable_tokens += plan.trainable_tokens
-        self.longest_head_tokens = max(self.longest_head_tokens, head_tokens)
-        self.dropped_tokens.update({str(reason): count for reason, count in plan.dropped_tokens.items()})
-        self.cuts_without_newest_turn += plan.cuts_without_newest_turn
-        for window in plan.windows:
-            self.windows += 1
-            self.window_tokens += window.tokens
-            self.trained_tokens += window.trained_tokens
-            self.prefix_tokens += window.prefix_tokens
-            self.overlap_tokens += window.overlap_tokens
-            self.window_ends[str(window.end)] += 1
-
-    def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "refusals": [asdict(refusal) for refusal in self.refusals]}
-
-    def summary(self) -> str:
-        """A few lines for a person."""
-        lines = [
-            f"{self.transcripts} transcripts from {self.files} files: {self.turns:,} turns, {self.tokens:,} tokens, "
-            f"{self.trainable_tokens:,} of them trainable",
-            f"{self.windows:,} windows: {self.window_tokens:,} tokens "
-            f"({_share(self.prefix_tokens, self.window_tokens)} prefix, "
-            f"{_share(self.overlap_tokens, self.window_tokens)} overlap), {self.trained_tokens:,} trained",
-        ]
-        for reason, tokens in sorted(self.dropped_tokens.items()):
-            lines.append(f"dropped, {reason}: {tokens:,} trainable tokens (longest task: {self.longest_head_tokens:,})")
-        for reason, count in sorted(Counter(str(refusal.reason) for refusal in self.refusals).items()):
-            first = next(refusal for refusal in self.refusals if refusal.reason == reason)
-            lines.append(f"refused, {reason}: {count} (first: {first.source}: {first.detail})")
-        return "\n".join(lines)
+class RefusedError(ValueError):
+    """Input was refused, and the run was not to go on without it; the message says what."""
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.0%}" if whole else "0%"
+class OutputError(ValueError):
+    """The output cannot be written; the message names place and cure."""
 
 
 def preprocess(
-    inputs: Sequence[Path], output_prefix: Path, tokenizer: Tokenizer, policy: ContextPolicy, *, overwrite: bool = False
+    inputs: Sequence[Path],
+    output_prefix: Path,
+    tokenizer: Tokenizer,
+    policy: ContextPolicy,
+    *,
+    loss_on: LossOn = "new",
+    workers: int = 1,
+    overwrite: bool = False,
+    strict: bool = False,
+    materialized: bool = False,
+    share: Share | None = None,
 ) -> PreprocessReport:
-    """Write the shard at `output_prefix` and its report beside it.
+    """Write the shard at `output_prefix` and its report beside it; with `share`, only that share of its parts.
 
     Raises ShardError if it exists already, FileNotFoundError for an input that is not there, NothingUsableError
-    (and publishes no shard) if not one window came out.
+    if not one window came out, RefusedError if strict and anything was refused, OutputError for a full disk. Then no
+    shard is published; parts that are finished are kept for the next run, unless none was of use.
     """
-    for path in inputs:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder of transcripts")
-    files = [file for path in inputs for file in transcript_files(path)]
-    report = PreprocessReport(files=len(files))
-    renderer = GlmRenderer(tokenizer)
-    with ShardWriter(output_prefix, tokenizer, policy, renderer=renderer.name, overwrite=overwrite) as shard:
-        for file in tqdm(files, desc="preprocess", unit="file", delay=2, disable=None):
-            for item in read_transcripts(file):
-                if isinstance(item, Refusal):
-                    report.refusals.append(item)
-                    continue
-                rendered = renderer.transcript(item)
-                plan = split(rendered, policy)
-                shard.add(item, rendered, plan)
-                report.add(item.turns, sum(map(len, rendered.segments)), rendered.head_tokens, plan)
+    files = find_files(inputs)
+    settings = Settings(policy=policy, loss_on=loss_on)
+    digest = _digest([tokenizer.sha256, asdict(settings), program_digest()])
+    run = _digest([digest, [(file.path, file.size_bytes, file.modified_ns) for file in files]])
+    report = PreprocessReport(loss_on=loss_on, files=len(files))
+    with (
+        _naming(output_prefix),
+        work_folder(output_prefix, run, overwrite=overwrite, shared=share is not None) as folder,
+    ):
+        units = make_units(files, digest)
+        if share is not None:
+            units = islice(units, share[0], None, share[1])
+        parts = []
+        with tqdm(desc="preprocess", unit=" transcripts", delay=2, disable=None) as progress:
+            for part in make_parts(units, folder, tokenizer, settings, workers=workers):
+                counted = read_part_report(part)
+                report.absorb(counted)
+                progress.update(counted.transcripts)
+                parts.append(part)
+        if share is not None:
+            return report
+        if strict and report.refusals:
+            raise RefusedError(_refused(report))
         if not report.windows:
+            discard(folder)
             raise NothingUsableError(f"no window came out\n{report.summary()}")
-    path = output_prefix.with_name(output_prefix.name + REPORT_SUFFIX)
-    write_atomically(path, json.dumps(report.as_json(), indent=1) + "\n")
+        merge_shards(parts, output_prefix, overwrite=True)
+        _write_report(report, output_prefix)
+        if materialized:
+            materialize(output_prefix)
+        discard(folder)
     return report
+
+
+def merge(
+    shards: Sequence[Path], output_prefix: Path, *, overwrite: bool = False, materialized: bool = False
+) -> PreprocessReport:
+    """Make one shard of several, and one report of theirs. Raises ShardError, OutputError."""
+    report = PreprocessReport()
+    with _naming(output_prefix):
+        for shard in shards:
+            found = read_part_report(shard)
+            report.loss_on = found.loss_on
+            report.absorb(found)
+        merge_shards(shards, output_prefix, overwrite=overwrite)
+        _write_report(report, output_prefix)
+        if materialized:
+            materialize(output_prefix)
+    return report
+
+
+def _write_report(report: PreprocessReport, prefix: Path) -> None:
+    write_atomically(shard_file(prefix, REPORT), json.dumps(report.as_json(), indent=1) + "\n")
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _refused(report: PreprocessReport, shown: int = 20) -> str:
+    lines = [f"{one.source}: {one.reason}: {one.detail}" for one in report.refusals[:shown]]
+    if len(report.refusals) > shown:
+        lines.append(f"and {len(report.refusals) - shown} more")
+    return "\n".join([f"{len(report.refusals)} inputs refused, so no shard was written: mend or remove them", *lines])
+
+
+@contextmanager
+def _naming(prefix: Path) -> Iterator[None]:
+    """What reads input makes refusals of its faults, so a fault of the system is one of the output."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or prefix
+        raise OutputError(
+            f"{place}: {error.strerror or error}; give the output room and permission to be written, then run the same "
+            "command again: parts that are finished are kept"
+        ) from error

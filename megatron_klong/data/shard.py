@@ -1,49 +1,56 @@
 """A shard: tokens stored once as a Megatron indexed dataset, its windows as views, and a manifest that vouches for all.
 
     PREFIX.bin, PREFIX.idx     document = transcript, sequence = segment, mode = kind and whether it is trained
-    PREFIX.windows.npz         document [W], ranges [R, 2] of sequence numbers in the shard, range_bounds [W + 1],
-                               first_new [W], prefix_tokens / overlap_tokens / new_tokens / trained_tokens [W], end [W]
-    PREFIX.documents.jsonl     a line a document: id, task, source, turns, score
-    PREFIX.manifest.json       format, version, tokenizer, policy, counts, sources, size and SHA-256 of each file
+    PREFIX.windows.npz         the window index: megatron_klong.data.window_index
+    PREFIX.documents.jsonl     a line a document: id, task, source, format, turns, score
+    PREFIX.manifest.json       format, version, tokenizer, policy, loss_on, counts, size and SHA-256 of each file
 
 Example: two transcripts of 5 and 4 segments are sequences 0-4 and 5-8. A window of the second that holds its first two
-segments and its last one has ranges [[5, 7], [8, 9]]; with first_new 8 only sequence 8 is trained, and of it only
-what its mode says.
+segments and its last one has ranges [[5, 7], [8, 9]]; with first_new 8 and loss_on "new" only sequence 8 is trained,
+with loss_on "window" also 5 and 6, and of each only what its mode says.
 
-The manifest is written last and removed first. Killed before it stands: there is no shard, run again. After: there is
-a whole one. A reader refuses files whose size or checksum is not what the manifest says, and other versions.
+Killed before the manifest stands: there is no shard, run again. After: there is a whole one. A reader refuses files
+whose size or checksum is not what the manifest says, and other versions.
 """
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_klong.data.indexed import IndexedReader, IndexedWriter
-from megatron_klong.files import atomic_file, write_atomically
-from megatron_klong.trajectory.context import ContextPolicy, Window, WindowEnd
+from megatron_klong.data.loss_on import LossOn, TrainedCounts
+from megatron_klong.data.shard_files import (
+    BIN,
+    DOCUMENTS,
+    FORMAT,
+    IDX,
+    VERSION,
+    WINDOWS,
+    HashedFile,
+    ShardError,
+    check_prefix,
+    checksum,
+    publish,
+    read_manifest,
+    retract,
+    shard_file,
+)
+from megatron_klong.data.window_index import ENDS, WindowColumns, read_windows
+from megatron_klong.files import atomic_file
+from megatron_klong.trajectory.context import ContextPolicy, WindowEnd
 from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.segments import RenderedTranscript, is_trained_mode
 from megatron_klong.trajectory.tokenizer import Tokenizer
 from megatron_klong.trajectory.windows import SplitPlan
 
-FORMAT = "klong-shard"
-VERSION = 1
-_PARTS = (".bin", ".idx", ".windows.npz", ".documents.jsonl")
-_MANIFEST = ".manifest.json"
-_ENDS = tuple(WindowEnd)
-
-
-class ShardError(ValueError):
-    """A shard that cannot be written or read; the message names the file and the cure."""
+__all__ = ["Shard", "ShardError", "ShardWriter", "WindowTokens"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +60,6 @@ class WindowTokens:
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     new_start: int
-
-
-def _part(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)
 
 
 class ShardWriter:
@@ -71,6 +74,7 @@ class ShardWriter:
         renderer: str,
         overwrite: bool,
         vocabulary_size: int | None = None,
+        loss_on: LossOn = "new",
     ) -> None:
         """vocabulary_size: of the model that sampled the transcripts; it may be padded beyond its tokenizer's."""
         vocabulary_size = max(tokenizer.vocabulary_size, vocabulary_size or 0)
@@ -81,60 +85,66 @@ class ShardWriter:
             "renderer": renderer,
             "tokenizer": {
                 "file": Path(tokenizer.path).name,
+                "path": str(Path(tokenizer.path).resolve()),
                 "sha256": tokenizer.sha256,
                 "vocabulary_size": vocabulary_size,
                 "control_tokens": dict(tokenizer.control),
             },
             "policy": asdict(policy),
-            "loss_on": "new",
+            "loss_on": loss_on,
             "sequence_modes": True,
         }
+        self._loss_on = loss_on
         self._overwrite = overwrite
         self._vocabulary_size = vocabulary_size
-        self._windows: list[tuple[int, int, Window]] = []  # document, its first sequence
-        self._documents: list[dict[str, Any]] = []
-        self._counts: Counter[str] = Counter()
+        self._windows = WindowColumns()
+        names = ("documents", "segments", "tokens", "turns", "trainable_tokens", "windows", "window_tokens")
+        self._counts = dict.fromkeys((*names, "trained_tokens"), 0)
 
     def __enter__(self) -> Self:
-        if self._prefix.name in ("", ".."):
-            raise ShardError(f"{self._prefix}: an output prefix needs a file name, such as data/sft")
-        manifest = _part(self._prefix, _MANIFEST)
-        existing = [path for suffix in (*_PARTS, _MANIFEST) if (path := _part(self._prefix, suffix)).exists()]
-        if existing and not self._overwrite:
-            raise ShardError(f"{existing[0]}: exists already; choose another output prefix, or pass --overwrite")
-        self._prefix.parent.mkdir(parents=True, exist_ok=True)
-        manifest.unlink(missing_ok=True)
+        check_prefix(self._prefix, overwrite=self._overwrite)
+        retract(self._prefix)
         self._stack = ExitStack()
-        self._files: dict[str, BinaryIO] = {}
-        self._files[".bin"] = self._stack.enter_context(atomic_file(_part(self._prefix, ".bin")))
-        self._index = IndexedWriter(self._files[".bin"], vocabulary_size=self._vocabulary_size)
+        self._tokens = HashedFile(self._stack.enter_context(atomic_file(shard_file(self._prefix, BIN))))
+        self._documents = HashedFile(self._stack.enter_context(atomic_file(shard_file(self._prefix, DOCUMENTS))))
+        self._index = IndexedWriter(self._tokens, vocabulary_size=self._vocabulary_size)
         return self
 
-    def add(self, transcript: Transcript, rendered: RenderedTranscript, plan: SplitPlan) -> None:
-        """Append a transcript with its windows."""
-        document, first = len(self._documents), self._index.sequences
+    def add(
+        self,
+        transcript: Transcript,
+        rendered: RenderedTranscript,
+        plan: SplitPlan,
+        trained: TrainedCounts | None = None,
+    ) -> None:
+        """Append a transcript with its windows; trained: its counts, if they are known already."""
+        document, first = self._counts["documents"], self._index.sequences
         segments = rendered.segments
+        trained = trained or TrainedCounts(segments, plan, self._loss_on)
         self._index.add_document(segments)
-        self._windows += [(document, first, window) for window in plan.windows]
-        self._documents.append(
-            {
-                "id": transcript.id,
-                "task": transcript.task,
-                "source": transcript.source,
-                "turns": transcript.turns,
-                "score": transcript.score,
-            }
-        )
-        self._counts.update(
-            documents=1,
-            segments=len(segments),
-            tokens=sum(map(len, segments)),
-            turns=transcript.turns,
-            trainable_tokens=plan.trainable_tokens,
-            windows=len(plan.windows),
-            window_tokens=sum(window.tokens for window in plan.windows),
-            trained_tokens=sum(window.trained_tokens for window in plan.windows),
-        )
+        for window, tokens in zip(plan.windows, trained.windows, strict=True):
+            self._windows.add(window, document=document, first_sequence=first, trained_tokens=tokens)
+        line = {
+            "id": transcript.id,
+            "task": transcript.task,
+            "source": transcript.source,
+            "format": transcript.format,
+            "turns": transcript.turns,
+            "score": transcript.score,
+        }
+        self._documents.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+        added = {
+            "documents": 1,
+            "segments": len(segments),
+            "tokens": sum(map(len, segments)),
+            "turns": transcript.turns,
+            "trainable_tokens": plan.trainable_tokens,
+            "windows": len(plan.windows),
+            "window_tokens": sum(window.tokens for window in plan.windows),
+            "trained_tokens": sum(trained.windows),
+        }
+        for name, count in added.items():
+            self._counts[name] += count
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -143,39 +153,19 @@ class ShardWriter:
             self._stack.__exit__(kind, error, trace)
             return
         self._stack.close()
-        with atomic_file(_part(self._prefix, ".idx")) as file:
-            self._index.write_index(file)
-        with atomic_file(_part(self._prefix, ".windows.npz")) as file:
-            np.savez(file, **_window_arrays(self._windows))  # type: ignore[arg-type]
-        lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in self._documents)
-        write_atomically(_part(self._prefix, ".documents.jsonl"), lines)
-        manifest = {
-            **self._header,
-            "dtype": str(self._index.dtype),
-            "counts": dict(self._counts),
-            "files": {suffix: _checksum(_part(self._prefix, suffix)) for suffix in _PARTS},
+        with atomic_file(shard_file(self._prefix, IDX)) as file:
+            index = HashedFile(file)
+            self._index.write_index(index)
+        with atomic_file(shard_file(self._prefix, WINDOWS)) as file:
+            self._windows.write(file)
+        checksums = {
+            BIN: self._tokens.checksum,
+            IDX: index.checksum,
+            WINDOWS: checksum(shard_file(self._prefix, WINDOWS)),
+            DOCUMENTS: self._documents.checksum,
         }
-        write_atomically(_part(self._prefix, _MANIFEST), json.dumps(manifest, indent=1) + "\n")
-
-
-def _window_arrays(windows: Sequence[tuple[int, int, Window]]) -> dict[str, NDArray[Any]]:
-    ranges = [(part.start + first, part.stop + first) for _, first, window in windows for part in window.ranges]
-    bounds = np.cumsum([0, *(len(window.ranges) for _, _, window in windows)], dtype=np.int64)
-    arrays: dict[str, NDArray[Any]] = {
-        "document": np.array([document for document, _, _ in windows], dtype=np.int64),
-        "ranges": np.array(ranges, dtype=np.int64).reshape(-1, 2),
-        "range_bounds": bounds,
-        "first_new": np.array([first + window.first_new for _, first, window in windows], dtype=np.int64),
-        "end": np.array([_ENDS.index(window.end) for _, _, window in windows], dtype=np.int8),
-    }
-    for name in ("prefix_tokens", "overlap_tokens", "new_tokens", "trained_tokens"):
-        arrays[name] = np.array([getattr(window, name) for _, _, window in windows], dtype=np.int64)
-    return arrays
-
-
-def _checksum(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        manifest = {**self._header, "dtype": str(self._index.dtype), "counts": self._counts}
+        publish(self._prefix, manifest, checksums)
 
 
 class Shard:
@@ -183,13 +173,12 @@ class Shard:
 
     def __init__(self, prefix: str | Path, *, verify_checksums: bool = True) -> None:
         self.prefix = Path(prefix)
-        self.manifest = _read_manifest(self.prefix, verify_checksums)
+        self.manifest: Mapping[str, Any] = read_manifest(self.prefix, verify_checksums=verify_checksums)
         self.index = IndexedReader(self.prefix)
-        with np.load(_part(self.prefix, ".windows.npz"), allow_pickle=False) as arrays:
-            self._arrays = {name: arrays[name] for name in arrays.files}
-        self.documents = [
-            json.loads(line) for line in _part(self.prefix, ".documents.jsonl").read_text("utf-8").splitlines()
-        ]
+        self._arrays = read_windows(self.prefix)
+        self._all_count = self.manifest["loss_on"] == "window"
+        lines = shard_file(self.prefix, DOCUMENTS).read_bytes().decode("utf-8", "surrogatepass").split("\n")
+        self.documents = [json.loads(line) for line in lines if line]
 
     def __len__(self) -> int:
         return len(self._arrays["document"])
@@ -201,7 +190,7 @@ class Shard:
 
     def ends(self) -> list[WindowEnd]:
         """How each window ended."""
-        return [_ENDS[code] for code in self._arrays["end"]]
+        return [ENDS[code] for code in self._arrays["end"]]
 
     def ranges(self, window: int) -> list[range]:
         """The sequence numbers a window is made of."""
@@ -217,36 +206,9 @@ class Shard:
         for part in self.ranges(number):
             ids.append(self.index.tokens(part))
             lengths = self.index.lengths[part.start : part.stop]
-            trained = [n >= first_new and is_trained_mode(int(self.index.modes[n])) for n in part]
-            mask.append(np.repeat(np.array(trained, dtype=np.bool_), lengths))
+            counts = [(self._all_count or n >= first_new) and is_trained_mode(int(self.index.modes[n])) for n in part]
+            mask.append(np.repeat(np.array(counts, dtype=np.bool_), lengths))
             new_start += int(lengths[: max(0, first_new - part.start)].sum())
         return WindowTokens(
             ids=np.concatenate(ids).astype(np.int32), loss_mask=np.concatenate(mask), new_start=new_start
         )
-
-
-def _read_manifest(prefix: Path, verify_checksums: bool) -> Mapping[str, Any]:
-    path = _part(prefix, _MANIFEST)
-    if not path.exists():
-        raise ShardError(f"{path}: missing, so there is no finished shard at this prefix; preprocess (again)")
-    try:
-        manifest: Mapping[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ShardError(f"{path}: not JSON ({error}); delete {prefix}.* and preprocess again") from error
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise ShardError(
-            f"{path}: format {manifest.get('format')!r} version {manifest.get('version')!r}, this program reads "
-            f"{FORMAT!r} version {VERSION}; preprocess again with this version"
-        )
-    if not manifest.get("sequence_modes"):
-        raise ShardError(f"{path}: written without sequence modes, so nothing says what is trained; preprocess again")
-    for suffix, expected in manifest["files"].items():
-        file = _part(prefix, suffix)
-        if not file.exists() or file.stat().st_size != expected["bytes"]:
-            size = file.stat().st_size if file.exists() else "no"
-            raise ShardError(
-                f"{file}: {size} bytes, manifest says {expected['bytes']}; delete {prefix}.* and preprocess again"
-            )
-        if verify_checksums and _checksum(file)["sha256"] != expected["sha256"]:
-            raise ShardError(f"{file}: checksum differs from the manifest's; delete {prefix}.* and preprocess again")
-    return manifest

@@ -14,8 +14,9 @@ before a turn:
 2. If the context and the room for one turn do not fit, the window ends (`overflow`).
 3. A new window holds the prefix and the newest whole turns that fit `keep`. The newest turn is kept even when it
    alone exceeds `keep`, as long as it fits the window: an agent that cannot see what its last action did repeats it.
-4. The prefix (task, and with pin = "reading" the turns up to the last one that showed new text of the paper) is
-   fixed when the reading is complete, when it would outgrow its cap, or when history is dropped for the first time.
+4. The prefix (task, and with pin = "reading" the turns up to the last one that showed new text of the paper, or with
+   a number those of the first so many messages, the last of them whole) is fixed when it is complete, when it would
+   outgrow its cap, or when history is dropped for the first time.
 """
 
 from collections import Counter
@@ -51,13 +52,14 @@ class ContextPolicy:
     """max_tokens: window length.  reserve_tokens: room for one turn, its header and end token included.
 
     keep: history that survives a cut, in tokens (int) or as a fraction of the window behind the prefix (float).
-    pin: what the prefix holds beside the task.  prefix_cap_tokens: the reading turns stay below it.
+    pin: what the prefix holds beside the task; a number: the transcript's first so many messages, in whole turns.
+    prefix_cap_tokens: the pinned turns stay below it.
     """
 
     max_tokens: int
     reserve_tokens: int
     keep: int | float
-    pin: Literal["task", "reading"]
+    pin: Literal["task", "reading"] | int
     prefix_cap_tokens: int
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class ContextPolicy:
             raise ContextError(f"keep {self.keep} is a fraction and must lie in [0, 1); write tokens as a whole number")
         if self.keep < 0 or self.keep >= self.max_tokens:
             raise ContextError(f"keep {self.keep} must be less than max_tokens {self.max_tokens}, and not negative")
+        if isinstance(self.pin, int) and self.pin < 1:
+            raise ContextError(f"pin {self.pin} is a number of messages and must be at least 1; or pin the task alone")
 
     def keep_tokens(self, prefix_tokens: int) -> int:
         """History that may survive a cut behind a prefix of that length."""
@@ -106,6 +110,7 @@ class Window:
 @dataclass(slots=True)
 class _Turn:
     start: int
+    message: int  # messages before it
     reading: Reading = Reading.NONE
 
 
@@ -126,6 +131,7 @@ class ContextTracker:
         self._cumulative_ends = [0]  # sampled ends
         self._cumulative_trained = [0]
         self._turns: list[_Turn] = []
+        self._messages = 0
         self._head_stop = 0
         self._prefix_stop = 0
         self._prefix_fixed = False
@@ -155,6 +161,7 @@ class ContextTracker:
             for segment in message.segments:
                 self._append(segment)
         self._head_stop = self._prefix_stop = self._history_start = self._new_stop = len(self._segments)
+        self._messages = len(head)
         self._prefix_fixed = self.policy.pin == "task"
         head_tokens = self._tokens(0, self._head_stop)
         if head_tokens + self.policy.reserve_tokens > self.policy.max_tokens:
@@ -185,7 +192,8 @@ class ContextTracker:
                 self._close(WindowEnd.OVERFLOW)
                 self.turn_dropped = True
         start = len(self._segments)
-        self._turns.append(_Turn(start))
+        self._turns.append(_Turn(start, self._messages))
+        self._messages += 1
         for segment in message.segments:
             self._append(segment)
         if self.turn_dropped:
@@ -198,6 +206,7 @@ class ContextTracker:
     def add_message(self, message: RenderedMessage) -> None:
         """Append what followed a turn: a tool result, a user or a system message."""
         self._append_after_turn(message.segments)
+        self._messages += 1
         self._user_message_since_turn |= message.role is Role.USER
         if message.reading is not Reading.NONE and self._turns[-1].reading is not Reading.COMPLETE:
             self._turns[-1].reading = message.reading
@@ -222,14 +231,20 @@ class ContextTracker:
     # -- how the context changes
 
     def _grow_prefix(self) -> None:
-        if self._prefix_fixed or not self._turns or self._turns[-1].reading is Reading.NONE:
+        if self._prefix_fixed or not self._turns or not self._is_pinned(self._turns[-1]):
             return
         stop = len(self._segments)
         if self._tokens(0, stop) > self.policy.prefix_cap_tokens:
             self._prefix_fixed = True
             return
         self._prefix_stop = stop
-        self._prefix_fixed = self._turns[-1].reading is Reading.COMPLETE
+        self._prefix_fixed = self._turns[-1].reading is Reading.COMPLETE and self.policy.pin == "reading"
+
+    def _is_pinned(self, turn: _Turn) -> bool:
+        """Whether the policy counts the turn among those the prefix holds."""
+        if isinstance(self.policy.pin, int):
+            return turn.message < self.policy.pin
+        return turn.reading is not Reading.NONE
 
     def _strip_reasoning(self) -> None:
         self._user_message_since_turn = False

@@ -105,7 +105,7 @@ class PolicyRecord(_Record):
     max_tokens: int
     reserve_tokens: int
     keep: int | float
-    pin: Literal["task", "reading"]
+    pin: Literal["task", "reading"] | int
     prefix_cap_tokens: int
 
     @classmethod

@@ -3,15 +3,26 @@
 Accepts a row {"messages": [...], "tools": [...]} with any other keys, or a bare list of messages. Keys may be
 present with null values; arguments are a JSON string or an object; content is text, null, or a list of text parts.
 A message whose call has arguments that are not a JSON object is kept as context but not trained on: the model's own
-text is not known, and a repaired call would teach what it did not say.
+text is not known, and a repaired call would teach what it did not say. Nor is one of weight 0 (OpenAI's fine-tuning).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_klong.trajectory.importers import anthropic_messages, episodes, mini_swe_agent
+from megatron_klong.trajectory.importers.formats import RowFormat
 from megatron_klong.trajectory.importers.refusal import MalformedRow
-from megatron_klong.trajectory.schema import Message, Role, ToolCall, Transcript
+from megatron_klong.trajectory.importers.row_fields import (
+    plain_text,
+    read_call,
+    row_score,
+    row_task,
+    split_reasoning,
+    system_message,
+    text_or_none,
+    tool_definitions,
+)
+from megatron_klong.trajectory.schema import Message, Provenance, Role, ToolCall, Transcript
 
 _ROLES = {
     "system": Role.SYSTEM,
@@ -19,73 +30,106 @@ _ROLES = {
     "user": Role.USER,
     "assistant": Role.ASSISTANT,
     "tool": Role.TOOL,
+    "function": Role.TOOL,
 }
-_ID_KEYS = ("id", "instance_id", "task_id", "name")
+_KEYS = ("messages", "conversations")
+# Written with the same keys; what they mean differs.
+_DIALECTS = (episodes.FORMAT, anthropic_messages.FORMAT, mini_swe_agent.FORMAT)
+_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "image_url", "input_audio", "file"})
 
 
 def recognises(row: Any) -> bool:
     """Whether a parsed row has this format."""
-    messages = row.get("messages") if isinstance(row, Mapping) else row
-    return (
-        isinstance(messages, Sequence)
-        and len(messages) > 0
-        and all(isinstance(message, Mapping) and message.get("role") in _ROLES for message in messages)
-    )
+    return are_messages(_messages(row)) and not any(dialect.recognises(row) for dialect in _DIALECTS)
 
 
 def transcript(row: Any, source: str, number: int) -> Transcript:
     """Convert one row. Raises MalformedRow."""
-    fields: Mapping[str, Any] = row if isinstance(row, Mapping) else {"messages": row}
-    task = next((str(fields[key]) for key in _ID_KEYS if fields.get(key)), f"{source}#{number}")
+    fields: Mapping[str, Any] = row if isinstance(row, Mapping) else {}
+    task = row_task(fields) or f"{source}#{number}"
     return Transcript(
         id=f"{task}#{number}",
         task=task,
         source=source,
-        tools=tuple(fields.get("tools") or ()),
-        messages=tuple(_message(message, f"messages[{n}]") for n, message in enumerate(fields["messages"])),
+        tools=tool_definitions(fields),
+        messages=system_message(fields) + convert(_messages(row), "messages"),
+        score=row_score(fields),
     )
+
+
+def _messages(row: Any) -> Any:
+    if not isinstance(row, Mapping):
+        return row
+    return next((row[key] for key in _KEYS if row.get(key)), None)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value is a list of such messages."""
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
+
+
+def convert(raw: Sequence[Mapping[str, Any]], place: str) -> tuple[Message, ...]:
+    """Messages of which `are_messages` is true. Raises MalformedRow."""
+    return tuple(_message(message, f"{place}[{number}]") for number, message in enumerate(raw))
+
+
+def _is_message(message: Any) -> bool:
+    """Content blocks and flat calls of other kinds have importers of their own."""
+    if not isinstance(message, Mapping):
+        return False
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        return False
+    content, calls = message.get("content"), message.get("tool_calls")
+    parts = content if isinstance(content, list) else []
+    flat = any(
+        isinstance(call, Mapping) and "tool_call_id" in call for call in (calls if isinstance(calls, list) else [])
+    )
+    return not flat and all(isinstance(part, str) or _is_part(part) for part in parts)
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and (str(part.get("type")) in _PARTS or ("text" in part and "type" not in part))
 
 
 def _message(raw: Mapping[str, Any], place: str) -> Message:
-    calls: list[ToolCall] = []
-    well_formed = True
-    for number, call in enumerate(raw.get("tool_calls") or ()):
-        name, arguments = _call_parts(call, f"{place}.tool_calls[{number}]")
-        if not isinstance(arguments, Mapping):
-            well_formed = False
-            arguments = {"arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
-        calls.append(ToolCall(id=call.get("id"), name=name, arguments=arguments))
+    role = _ROLES[raw["role"]]
+    if role is not Role.ASSISTANT:
+        identity = raw.get("tool_call_id") if role is Role.TOOL else None
+        if raw.get("tool_calls"):
+            raise MalformedRow(f"{place}.tool_calls: on a message of role {raw['role']!r}; only assistants call tools")
+        return Message(role=role, content=plain_text(raw.get("content"), place), tool_call_id=text_or_none(identity))
+    calls = [_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(_raw_calls(raw, place))]
+    readable = all(read for _, read in calls)
     reasoning = raw.get("reasoning_content") or raw.get("reasoning")
+    content = plain_text(raw.get("content"), place)
+    if not reasoning:
+        reasoning, content = split_reasoning(content)
     return Message(
-        role=_ROLES[raw["role"]],
-        content=_text(raw.get("content"), place),
+        role=role,
+        content=content,
         reasoning=reasoning if isinstance(reasoning, str) else None,
-        tool_calls=tuple(calls),
-        tool_call_id=raw.get("tool_call_id"),
-        trained=well_formed,
+        tool_calls=tuple(call for call, _ in calls),
+        trained=raw.get("weight") != 0,
+        provenance=Provenance.MODEL if readable else Provenance.MALFORMED_CALL,
     )
 
 
-def _call_parts(call: Any, place: str) -> tuple[str, Any]:
+def _raw_calls(raw: Mapping[str, Any], place: str) -> list[Any]:
+    """`tool_calls`, or the one `function_call` of OpenAI's older interface."""
+    calls = raw.get("tool_calls")
+    if not calls:
+        return [raw["function_call"]] if raw.get("function_call") else []
+    if not isinstance(calls, list):
+        raise MalformedRow(f"{place}.tool_calls: not a list")
+    return calls
+
+
+def _call(call: Any, place: str) -> tuple[ToolCall, bool]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(function, Mapping):
         raise MalformedRow(f"{place}: no function name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            return function["name"], json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError:
-            return function["name"], arguments
-    return function["name"], {} if arguments is None else arguments
+    return read_call(function.get("name"), function.get("arguments"), call.get("id"), place)
 
 
-def _text(content: Any, place: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        parts = [part if isinstance(part, str) else part.get("text") for part in content]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    raise MalformedRow(f"{place}.content: neither text nor a list of text parts")
+FORMAT = RowFormat(name="openai_messages", recognises=recognises, transcript=transcript)

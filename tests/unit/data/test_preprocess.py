@@ -1,6 +1,7 @@
 """The preprocess program: files in, a shard and an honest report out."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_klong.data.shard import Shard
 from tests.conftest import REPOSITORY
+from tests.unit.data import builders
 from tests.unit.trajectory.test_importers import ROW
 from tests.unit.trajectory.test_tokenizer import write_tokenizer
 
@@ -49,9 +51,9 @@ def test_refusals_are_reported_and_the_rest_is_processed(tmp_path: Path, tokeniz
     )
     assert made.returncode == 0, made.stderr
     assert "1 transcripts from 3 files: 2 turns" in made.stdout
-    assert "refused, not_json: 1" in made.stdout
+    assert "refused, truncated: 1" in made.stdout
     report = json.loads((tmp_path / "out/s.report.json").read_text())
-    assert sorted(refusal["reason"] for refusal in report["refusals"]) == ["empty", "not_json"]
+    assert sorted(refusal["reason"] for refusal in report["refusals"]) == ["empty", "truncated"]
     assert report["trained_tokens"] == report["trainable_tokens"] > 0
     assert len(Shard(tmp_path / "out/s")) == report["windows"] == 1
 
@@ -109,3 +111,120 @@ def test_the_real_openai_messages_become_a_shard(tmp_path: Path, shared_data: Pa
     assert report["windows"] > 10
     assert report["trained_tokens"] == report["trainable_tokens"]
     assert sum(Shard(tmp_path / "real").column("trained_tokens")) == report["trained_tokens"]
+
+
+# -- exit status, and what programs read
+
+
+def test_strict_writes_no_shard_and_names_what_was_refused(tmp_path: Path, tokenizer: Path) -> None:
+    source = builders.write_inputs(tmp_path / "in", files=2, rows_of_large=2)
+    command = builders.arguments(source, tmp_path / "s", tokenizer)
+    made = builders.run(*command, "--strict")
+    assert made.returncode == 2
+    assert "2 inputs refused, so no shard was written" in made.stderr
+    assert "cut.json#0: truncated" in made.stderr
+    assert not (tmp_path / "s.manifest.json").exists()
+    (source / "cut.json").unlink()
+    (source / "empty.jsonl").unlink()
+    assert builders.run(*command, "--strict").returncode == 0
+    assert len(Shard(tmp_path / "s").documents) == 4
+
+
+def test_the_summary_is_json_for_programs_and_an_aligned_table_for_people(tmp_path: Path, tokenizer: Path) -> None:
+    source = builders.write_inputs(tmp_path / "in", files=3, rows_of_large=2)
+    command = builders.arguments(source, tmp_path / "s", tokenizer, "--loss-on", "window", "--overwrite")
+    made = builders.run(*command, "--json", "--materialize")
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert report == json.loads((tmp_path / "s.report.json").read_text())
+    (counts,) = report["formats"].values()
+    for name in ("transcripts", "turns", "tokens", "trained_tokens", "windows"):
+        assert counts[name] == report[name] > 0
+    often = {int(times): tokens for times, tokens in report["times_trained"].items()}
+    assert max(often) > 1
+    assert sum(often.values()) == report["trainable_tokens"]
+    assert sum(times * tokens for times, tokens in often.items()) == report["trained_tokens"]
+    assert report["context_per_unique_token"] > 1
+    assert (tmp_path / "s.materialized.idx").exists()
+
+    lines = builders.run(*command).stdout.splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("format"))
+    table = lines[first : first + 2]
+    assert len({len(line) for line in table}) == 1
+    assert table[0].split() == ["format", "transcripts", "turns", "tokens", "trained", "windows", "dropped"]
+    assert table[1].split()[1:] == [f"{counts[name]:,}" for name in builders.COUNTED] + ["0"]
+    assert any("times on average" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "in", "--output-prefix", "s"], "--input needs --tokenizer"),
+        (["--output-prefix", "s"], "one of the arguments --input --merge is required"),
+        (["--merge", "a", "--output-prefix", "s", "--part", "0/2"], "--part is for --input"),
+        (["--input", "in", "--output-prefix", "s", "--part", "2/2"], "write K/N with K from 0 to N - 1"),
+        (["--input", "in", "--output-prefix", "s", "--workers", "0"], "must be at least 1"),
+        (["--merge", "nowhere", "--output-prefix", "s"], "nowhere.report.json: not the report of a shard"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(arguments: list[str], message: str) -> None:
+    made = run(*arguments)
+    assert made.returncode == 2
+    assert message in made.stderr
+    assert "Traceback" not in made.stderr
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    source = builders.write_inputs(tmp_path / "in", files=1, rows_of_large=1)
+    (tmp_path / "file").write_text("")
+    made = builders.run(*builders.arguments(source, tmp_path / "file" / "s", tokenizer))
+    assert made.returncode == 2
+    assert "file" in made.stderr
+    assert "run the same command again" in made.stderr
+    assert "Traceback" not in made.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_too_large_to_write_ends_the_run_and_more_room_lets_it_go_on(
+    tmp_path: Path, tokenizer: Path, workers: int
+) -> None:
+    source = builders.write_inputs(tmp_path / "in")
+    command = builders.arguments(source, tmp_path / "s", tokenizer, "--workers", workers)
+    limit = 50_000  # a part is smaller, all of them together are not
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    made = builders.run(*command, preexec_fn=limit_files)
+    assert made.returncode == 2
+    assert "File too large; give the output room" in made.stderr
+    assert "Traceback" not in made.stderr
+    assert not (tmp_path / "s.manifest.json").exists()
+    assert len(list((tmp_path / "s.parts").glob("*.manifest.json"))) > 1
+    builders.make(source, tmp_path / "s", tokenizer)
+    builders.make(source, tmp_path / "whole", tokenizer)
+    assert builders.content(tmp_path / "s") == builders.content(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(tmp_path: Path, tokenizer: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        source = builders.write_inputs(tmp_path / "in", files=20, rows_of_large=60)
+        command = builders.arguments(source, disk / "s", tokenizer)
+        made = builders.run(*command)
+        assert made.returncode == 2
+        assert "No space left on device; give the output room" in made.stderr
+        assert not (disk / "s.manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        again = builders.run(*command)
+        assert again.returncode == 0, again.stderr
+        builders.make(source, tmp_path / "whole", tokenizer)
+        assert builders.content(disk / "s") == builders.content(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -69,13 +69,18 @@ def test_the_tokenizer_is_found_by_its_checksum(tmp_path: Path) -> None:
     made = load_tokenizer(tmp_path / "made")
     prefix = small_shard(tmp_path / "shards" / "sft", made)
     shards = Shards([prefix])
-    assert shards.find_tokenizer() is None
-    assert shards.find_tokenizer([tmp_path / "other", tmp_path / "nowhere"]) is None
-    found = shards.find_tokenizer([tmp_path / "other", tmp_path / "made"])
+    found = shards.find_tokenizer()
     assert found is not None
     assert (found.path, found.control) == (made.path, made.control)
 
-    shutil.copytree(tmp_path / "made", tmp_path / "tokenizer")
+    (tmp_path / "made").rename(tmp_path / "moved")
+    assert shards.find_tokenizer() is None
+    assert shards.find_tokenizer([tmp_path / "other", tmp_path / "nowhere"]) is None
+    found = shards.find_tokenizer([tmp_path / "other", tmp_path / "moved"])
+    assert found is not None
+    assert found.control == made.control
+
+    shutil.copytree(tmp_path / "moved", tmp_path / "tokenizer")
     found = shards.find_tokenizer()
     assert found is not None
     assert found.path == str(tmp_path / "tokenizer" / "tokenizer.json")

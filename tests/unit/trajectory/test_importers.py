@@ -87,9 +87,10 @@ def test_a_call_whose_arguments_are_no_object_is_context_only(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "reason", "detail"),
     [
-        ("", RefusalReason.EMPTY, "no row"),
-        ('[{"messages": ', RefusalReason.NOT_JSON, "line 1"),
-        ([{"prompt": "a", "completion": "b"}], RefusalReason.UNKNOWN_FORMAT, "neither"),
+        ("", RefusalReason.EMPTY, "no byte"),
+        ("[ ]", RefusalReason.EMPTY, "no row"),
+        ('[{"messages": ', RefusalReason.TRUNCATED, "line 1, byte 14"),
+        ([{"text": "a"}], RefusalReason.UNKNOWN_FORMAT, "keys text"),
         ([{"role": "user", "content": "t"}], RefusalReason.NO_TURN, "no assistant message"),
         ([{"role": "assistant", "content": 3}], RefusalReason.MALFORMED, r"messages\[0\].content"),
         (

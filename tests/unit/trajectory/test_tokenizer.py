@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS, TokenizerError, load_tokenizer
+from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS, TokenizerError, load_template_tokenizer, load_tokenizer
 
 
 def write_tokenizer(folder: Path, *, control: bool, merges: tuple[tuple[str, str], ...] = ()) -> Path:
@@ -93,3 +93,57 @@ def test_a_vocabulary_keeps_added_tokens_that_are_ordinary(shared_data: Path) ->
     runs = [token["content"] for token in json.loads(file.read_text())["added_tokens"] if token["content"].isspace()]
     assert runs
     assert len(load_tokenizer(file, add_special_tokens=True).encode("x" + runs[0])) == 2
+
+
+# -- tokenizers of other chat templates
+
+
+def test_a_template_s_control_tokens_are_looked_up_in_the_file(tmp_path: Path) -> None:
+    # "<|user|>" is declared special; "<think>" is only added, so it counts if the template writes it.
+    folder = write_tokenizer(tmp_path, control=True)
+    tokenizer = load_template_tokenizer(folder, "<|user|>\n\0<think>")
+    assert set(tokenizer.control) == {*CONTROL_TOKENS[:7], "<think>"}
+    assert tokenizer.control == {token: 256 + CONTROL_TOKENS.index(token) for token in tokenizer.control}
+    spelled = "a<|user|>b<think>c"
+    assert len(tokenizer.encode(spelled)) == len(spelled)
+    assert tokenizer.decode([tokenizer.control["<think>"], *tokenizer.encode("x")]) == "<think>x"
+    assert len(tokenizer.encode("</think>")) == 1  # ordinary here, as for the tokenizer itself
+    assert tokenizer.sha256 != load_template_tokenizer(folder, "").sha256
+
+
+def test_offsets_say_which_characters_a_token_stands_for(tmp_path: Path) -> None:
+    tokenizer = load_template_tokenizer(write_tokenizer(tmp_path, control=True), "")
+    assert tokenizer.encode_with_offsets is not None
+    ids, offsets = tokenizer.encode_with_offsets("a é")
+    assert ids == tokenizer.encode("a é")
+    assert offsets == [(0, 1), (1, 2), (2, 3), (2, 3)]  # two bytes, one character
+
+
+def test_a_tokenizer_that_is_not_the_template_s_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, control=True)
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer\.json: the chat template writes <\|im_end\|>, <\|im_start\|>, "
+    ):
+        load_template_tokenizer(folder, "<|im_start|>system\0<|im_end|>")
+    file = tmp_path / "spm.model"
+    file.write_bytes(b"nothing")
+    with pytest.raises(TokenizerError, match=r"spm\.model: .* pass the tokenizer\.json of the same model"):
+        load_template_tokenizer(file, "")
+
+
+def test_a_tokenizer_whose_tokens_swallow_their_neighbours_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, control=False)
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens([AddedToken("<|end|>", rstrip=True)])
+    made.save(str(folder / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match=r"text beside <\|end\|> is encoded otherwise than alone"):
+        load_template_tokenizer(folder, "")
+
+
+def test_a_template_s_control_token_that_text_can_forge_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, control=False, merges=(("<", "e"), ("<e", ">")))
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.add_special_tokens([AddedToken("<e>")])
+    made.save(str(folder / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="text that spells <e> is encoded as that control token"):
+        load_template_tokenizer(folder, "")
