@@ -51,7 +51,7 @@ class EvaluationConfig(Config):
     """Episodes of each held-out task."""
     temperature: float = Field(default=1.0, ge=0)
     """Of sampling."""
-    turn_limit: int = Field(default=40, gt=0)
+    turn_limit: int = Field(default=30, gt=0)
     """Most turns of a model, here and in RL; the teachers may go on for as long as an episode's own limit."""
 
 
