@@ -7,11 +7,9 @@ any refusal with --strict; 130 interrupted.
 import argparse
 import json
 import sys
-from typing import Any
 
-from megatron_klong.data.options import add_input_options, add_policy_options, check_input_options, policy_from_options
-from megatron_klong.data.preprocess import merge, preprocess
-from megatron_klong.trajectory.tokenizer import load_tokenizer
+from megatron_klong.data.options import add_input_options, add_policy_options, check_input_options
+from megatron_klong.data.program import run
 
 
 def main() -> int:
@@ -20,16 +18,8 @@ def main() -> int:
     add_policy_options(parser)
     options = parser.parse_args()
     check_input_options(parser, options)
-    chosen = {"overwrite": options.overwrite, "materialized": options.materialize}
     try:
-        if options.merge:
-            report = merge(options.merge, options.output_prefix, **chosen)
-        else:
-            tokenizer = load_tokenizer(options.tokenizer, add_special_tokens=options.add_special_tokens)
-            policy = policy_from_options(options)
-            how: dict[str, Any] = {name: vars(options)[name] for name in ("loss_on", "workers", "strict")}
-            how |= {**chosen, "share": options.part}
-            report = preprocess(options.input, options.output_prefix, tokenizer, policy, **how)
+        report = run(options)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -15,16 +15,14 @@ import numpy as np
 
 from megatron_klong.data.indexed import IndexedWriter
 from megatron_klong.data.shard import Shard
-from megatron_klong.data.shard_files import BIN, IDX, shard_file
+from megatron_klong.data.shard_files import BIN, IDX, MATERIALIZED, MATERIALIZED_MASK, shard_file
 from megatron_klong.files import atomic_file
-
-TOKENS, MASK = ".materialized", ".materialized_mask"
 
 
 def materialize(prefix: Path) -> None:
     """Write both datasets of a finished shard; an index stands last, so that no half of them can be opened."""
     shard = Shard(prefix, verify_checksums=False)
-    tokens_at, mask_at = shard_file(prefix, TOKENS), shard_file(prefix, MASK)
+    tokens_at, mask_at = shard_file(prefix, MATERIALIZED), shard_file(prefix, MATERIALIZED_MASK)
     for place in (tokens_at, mask_at):
         shard_file(place, IDX).unlink(missing_ok=True)
     vocabulary_size = int(shard.manifest["tokenizer"]["vocabulary_size"])

@@ -69,6 +69,11 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-prefix", type=Path, required=True, help="shard path without suffix, such as data/sft")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, SentencePiece .model, or their folder")
     parser.add_argument("--add-special-tokens", action="store_true", help="append control tokens the vocabulary lacks")
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        help="Hugging Face chat template with generation markers, to render as its model and not as GLM-4.5",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
     parser.add_argument("--workers", type=_positive, default=1, help="processes; the shard is the same with any number")
     parser.add_argument(

@@ -26,7 +26,9 @@ from megatron_klong.files import write_atomically
 from megatron_klong.processes import end_with_parent
 from megatron_klong.trajectory.context import ContextPolicy
 from megatron_klong.trajectory.glm import GlmRenderer
-from megatron_klong.trajectory.importers.refusal import Refusal
+from megatron_klong.trajectory.importers.refusal import Refusal, RefusalReason
+from megatron_klong.trajectory.renderer import Renderer, RenderError
+from megatron_klong.trajectory.template_renderer import load_template_renderer
 from megatron_klong.trajectory.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from megatron_klong.trajectory.windows import split
 
@@ -40,22 +42,19 @@ class WorkerError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What is done with every transcript. vocabulary and control tokens are the tokenizer's."""
+    """What is done with every transcript. chat_template: a file; without one, transcripts are rendered as GLM-4.5's."""
 
     policy: ContextPolicy
     loss_on: LossOn
+    chat_template: str | None = None
 
 
 class PartMaker:
     """Reads, renders, splits and writes, a transcript at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings) -> None:
+    def __init__(self, renderer: Renderer, settings: Settings) -> None:
         self._settings = settings
-        self._renderer = GlmRenderer(replace(tokenizer, encode=RepeatedTexts(tokenizer.encode)))
-
-    @property
-    def renderer_name(self) -> str:
-        return self._renderer.name
+        self._renderer = renderer
 
     def make(self, unit: Unit, folder: Path) -> Path:
         """The prefix of the unit's part, made unless it stands already. Raises OSError for a disk that is full."""
@@ -75,13 +74,26 @@ class PartMaker:
                 if isinstance(item, Refusal):
                     report.refusals.append(item)
                     continue
-                rendered = self._renderer.transcript(item)
+                try:
+                    rendered = self._renderer.transcript(item)
+                except RenderError as error:
+                    report.refusals.append(
+                        Refusal(source=item.source, reason=RefusalReason.MALFORMED, detail=f"{item.format}: {error}")
+                    )
+                    continue
                 plan = split(rendered, self._settings.policy)
                 trained = TrainedCounts(rendered.segments, plan, self._settings.loss_on)
                 shard.add(item, rendered, plan, trained)
                 report.add(item, rendered, plan, trained)
             write_atomically(shard_file(prefix, REPORT), json.dumps(report.as_json()))
         return prefix
+
+
+def load_renderer(tokenizer: Tokenizer, settings: Settings) -> Renderer:
+    """The renderer the settings ask for. Raises TemplateError, TokenizerError for a template that cannot be used."""
+    if settings.chat_template is not None:
+        return load_template_renderer(settings.chat_template, tokenizer.path)
+    return GlmRenderer(replace(tokenizer, encode=RepeatedTexts(tokenizer.encode)))
 
 
 def part_stands(prefix: Path) -> bool:
@@ -110,13 +122,13 @@ def make_parts(
 ) -> Iterator[Path]:
     """The parts of all units, in their order, as they are finished. Raises WorkerError, ShardError, OSError."""
     if workers == 1:
-        maker = PartMaker(tokenizer, settings)
+        maker = PartMaker(load_renderer(tokenizer, settings), settings)
         for unit in units:
             yield maker.make(unit, folder)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit whatever threads hold at that moment
     arguments = (os.getpid(), tokenizer.path, tokenizer.sha256, settings)
-    _find_again(tokenizer.path, tokenizer.sha256)
+    _renderer_again(tokenizer.path, tokenizer.sha256, settings)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
         try:
             yield from _in_order(pool, units, folder, 2 * workers)
@@ -158,7 +170,7 @@ def _start_worker(parent: int, tokenizer_path: str, sha256: str, settings: Setti
     if os.getppid() != parent:  # it was killed before that call, and would be waited for without end
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent says when to end
-    _maker = PartMaker(_find_again(tokenizer_path, sha256), settings)
+    _maker = PartMaker(_renderer_again(tokenizer_path, sha256, settings), settings)
 
 
 def _make(unit: Unit, folder: Path) -> Path:
@@ -166,9 +178,12 @@ def _make(unit: Unit, folder: Path) -> Path:
     return _maker.make(unit, folder)
 
 
-def _find_again(path: str, sha256: str) -> Tokenizer:
-    """The tokenizer of that file; its control tokens are added if it lacks them, which the checksum tells."""
-    tokenizer = load_tokenizer(path, add_special_tokens=True)
-    if tokenizer.sha256 != sha256:
+def _renderer_again(path: str, sha256: str, settings: Settings) -> Renderer:
+    """The renderer with the tokenizer of that file; the checksum tells whether control tokens had been added to it."""
+    if settings.chat_template is not None:
+        renderer: Renderer = load_template_renderer(settings.chat_template, path)
+    else:
+        renderer = load_renderer(load_tokenizer(path, add_special_tokens=True), settings)
+    if renderer.tokenizer.sha256 != sha256:
         raise TokenizerError(f"{path}: changed since it was loaded; run again")
-    return tokenizer
+    return renderer

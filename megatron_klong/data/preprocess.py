@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_klong.data.loss_on import LossOn
 from megatron_klong.data.materialize import materialize
 from megatron_klong.data.merge import merge_shards
-from megatron_klong.data.parts import REPORT, Settings, make_parts, read_part_report
+from megatron_klong.data.parts import REPORT, Settings, load_renderer, make_parts, read_part_report
 from megatron_klong.data.report import PreprocessReport
 from megatron_klong.data.shard_files import shard_file
 from megatron_klong.data.units import find_files, make_units, program_digest
@@ -50,6 +50,7 @@ def preprocess(
     policy: ContextPolicy,
     *,
     loss_on: LossOn = "new",
+    chat_template: Path | None = None,
     workers: int = 1,
     overwrite: bool = False,
     strict: bool = False,
@@ -58,13 +59,18 @@ def preprocess(
 ) -> PreprocessReport:
     """Write the shard at `output_prefix` and its report beside it; with `share`, only that share of its parts.
 
+    chat_template: a Hugging Face template with generation markers, whose tokenizer `tokenizer` is; GLM-4.5 without it.
+
     Raises ShardError if it exists already, FileNotFoundError for an input that is not there, NothingUsableError
     if not one window came out, RefusedError if strict and anything was refused, OutputError for a full disk. Then no
     shard is published; parts that are finished are kept for the next run, unless none was of use.
     """
     files = find_files(inputs)
-    settings = Settings(policy=policy, loss_on=loss_on)
-    digest = _digest([tokenizer.sha256, asdict(settings), program_digest()])
+    settings = Settings(
+        policy=policy, loss_on=loss_on, chat_template=str(chat_template) if chat_template is not None else None
+    )
+    renderer = load_renderer(tokenizer, settings)
+    digest = _digest([renderer.tokenizer.sha256, renderer.name, asdict(settings), program_digest()])
     run = _digest([digest, [(file.path, file.size_bytes, file.modified_ns) for file in files]])
     report = PreprocessReport(loss_on=loss_on, files=len(files))
     with (

@@ -18,6 +18,7 @@ VERSION = 1
 BIN, IDX, WINDOWS, DOCUMENTS = ".bin", ".idx", ".windows.npz", ".documents.jsonl"
 PARTS = (BIN, IDX, WINDOWS, DOCUMENTS)
 MANIFEST = ".manifest.json"
+MATERIALIZED, MATERIALIZED_MASK = ".materialized", ".materialized_mask"  # made of the shard: they go with it
 
 
 class ShardError(ValueError):
@@ -65,7 +66,8 @@ def check_prefix(prefix: Path, *, overwrite: bool) -> None:
 def retract(prefix: Path) -> None:
     """From here on there is no shard at this prefix."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    shard_file(prefix, MANIFEST).unlink(missing_ok=True)
+    for suffix in (MANIFEST, MATERIALIZED + IDX, MATERIALIZED_MASK + IDX):
+        shard_file(prefix, suffix).unlink(missing_ok=True)
 
 
 def publish(prefix: Path, manifest: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_klong.data.loss_on import LossOn
 from megatron_klong.data.materialize import materialize
-from megatron_klong.data.shard import Shard
+from megatron_klong.data.merge import merge_shards
 from tests.unit.data.test_loss_on import shard_of
 from tests.unit.data.test_shard import MADE
 from tests.unit.trajectory.builders import policy
@@ -46,10 +46,12 @@ def test_the_files_are_those_of_the_stock_builder(tmp_path: Path) -> None:
             assert (tmp_path / f"s.{name}{suffix}").read_bytes() == (tmp_path / f"stock{suffix}").read_bytes()
 
 
-def test_written_again_it_follows_the_shard(tmp_path: Path) -> None:
-    shard_of(tmp_path / "s", MADE, policy(120, reserve=40, keep=40), "new")
+def test_it_goes_when_its_shard_is_replaced(tmp_path: Path) -> None:
+    shard_of(tmp_path / "part", MADE, policy(120, reserve=40, keep=40), "new")
+    merge_shards([tmp_path / "part"], tmp_path / "s", overwrite=False)
     materialize(tmp_path / "s")
     before = (tmp_path / "s.materialized.bin").read_bytes()
+    merge_shards([tmp_path / "part"], tmp_path / "s", overwrite=True)
+    assert not list(tmp_path.glob("s.materialized*.idx"))
     materialize(tmp_path / "s")
     assert (tmp_path / "s.materialized.bin").read_bytes() == before
-    assert len(Shard(tmp_path / "s")) > 0

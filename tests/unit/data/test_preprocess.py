@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
 from megatron_klong.data.shard import Shard
 from tests.conftest import REPOSITORY
 from tests.unit.data import builders
+from tests.unit.trajectory.template_cases import PLAIN
 from tests.unit.trajectory.test_importers import ROW
 from tests.unit.trajectory.test_tokenizer import write_tokenizer
 
@@ -154,6 +156,26 @@ def test_the_summary_is_json_for_programs_and_an_aligned_table_for_people(tmp_pa
     assert table[0].split() == ["format", "transcripts", "turns", "tokens", "trained", "windows", "dropped"]
     assert table[1].split()[1:] == [f"{counts[name]:,}" for name in builders.COUNTED] + ["0"]
     assert any("times on average" in line for line in lines)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_chat_template_with_markers_renders_a_shard(tmp_path: Path, workers: int) -> None:
+    words = Tokenizer.from_file(str(write_tokenizer(tmp_path / "plain", control=False) / "tokenizer.json"))
+    words.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat.jinja").write_text(PLAIN)
+    source = builders.write_inputs(tmp_path / "in", files=2, rows_of_large=2)
+    command = builders.arguments(source, tmp_path / "s", tmp_path / "tokenizer.json", "--workers", workers)
+    made = builders.run(*command, "--chat-template", tmp_path / "chat.jinja")
+    assert made.returncode == 0, made.stderr
+    shard = Shard(tmp_path / "s")
+    assert shard.manifest["renderer"].startswith("chat@")
+    assert set(shard.manifest["tokenizer"]["control_tokens"]) == {"<|im_start|>", "<|im_end|>"}
+    window = shard.window(0)
+    trained = words.decode(window.ids[window.loss_mask].tolist(), skip_special_tokens=False)
+    first = json.loads((source / "000.json").read_text())["messages"]
+    assert words.decode(window.ids.tolist(), skip_special_tokens=False).startswith("<|im_start|>system\nwork<|im_end|>")
+    assert trained.startswith(first[2]["content"])
 
 
 @pytest.mark.parametrize(
