@@ -16,8 +16,10 @@ from megatron_klong.trajectory.importers import read_transcripts, transcript_fil
 from megatron_klong.trajectory.importers.refusal import Refusal
 from megatron_klong.trajectory.schema import Transcript
 
-UNIT_BYTES = 8 << 20
-LARGE_FILE_BYTES = 4 * UNIT_BYTES
+UNIT_BYTES = 8 << 20  # the largest; a part is some files on disk, so that there should not be too many
+_SMALLEST = 16  # a smallest unit is so many times smaller
+_UNITS = 64  # and between the two, input comes in so many: the last ones are what processes wait for at the end
+_LARGE_FILE_UNITS = 4
 
 
 class InputChangedError(ValueError):
@@ -75,26 +77,32 @@ def _look(file: Path) -> InputFile:
 def make_units(files: Sequence[InputFile], settings: str) -> Iterator[Unit]:
     """The units in the order of the input; settings: a digest of all else that parts depend on."""
     group: list[InputFile] = []
+    unit_bytes = _unit_bytes(files)
     for file in files:
-        large = file.size_bytes > LARGE_FILE_BYTES
-        if group and (large or sum(one.size_bytes for one in group) + file.size_bytes > UNIT_BYTES):
+        large = file.size_bytes > _LARGE_FILE_UNITS * unit_bytes
+        if group and (large or sum(one.size_bytes for one in group) + file.size_bytes > unit_bytes):
             yield Unit(_name(settings, group, 0), tuple(group))
             group = []
         if large:
-            yield from _units_of_large_file(file, settings)
+            yield from _units_of_large_file(file, settings, unit_bytes)
         else:
             group.append(file)
     if group:
         yield Unit(_name(settings, group, 0), tuple(group))
 
 
-def _units_of_large_file(file: InputFile, settings: str) -> Iterator[Unit]:
+def _unit_bytes(files: Sequence[InputFile]) -> int:
+    total = sum(file.size_bytes for file in files)
+    return min(UNIT_BYTES, max(UNIT_BYTES // _SMALLEST, total // _UNITS))
+
+
+def _units_of_large_file(file: InputFile, settings: str, unit_bytes: int) -> Iterator[Unit]:
     first, size = 0, 0
     items: list[Transcript | Refusal] = []
     for item in read_transcripts(Path(file.path)):
         items.append(item)
         size += _characters(item)
-        if size >= UNIT_BYTES:
+        if size >= unit_bytes:
             yield Unit(_name(settings, [file], first), (file,), tuple(items), first)
             first, size, items = first + len(items), 0, []
     if items:

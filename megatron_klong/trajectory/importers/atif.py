@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_klong.trajectory.atif_writer import EXTRA_KEY
+from megatron_klong.trajectory.importers.fields import a_list, a_text, an_id, an_object
 from megatron_klong.trajectory.importers.formats import Json, RowFormat
 from megatron_klong.trajectory.importers.pairing import paired
 from megatron_klong.trajectory.importers.refusal import MalformedRow
@@ -75,7 +76,7 @@ def transcript(value: Json, source: str, number: int) -> Transcript:
         id=str(run) if "id" in ours else f"{run}#{number}",
         task=str(task),
         source=source,
-        tools=tuple(agent.get("tool_definitions") or ()),
+        tools=tuple(an_object(tool, "agent.tool_definitions") for tool in _list(agent, "tool_definitions", "agent")),
         messages=messages,
         score=ours.get("score"),
         tokenizer_sha256=tokenizer_sha256,
@@ -107,16 +108,17 @@ def _turn(step: Json, place: str, *, ids_are_known: bool, summaries: bool) -> _T
     }
     run_by_provider = not results and any(call.id == "" for call in calls)
     metrics = _optional(step, "metrics", place)
+    reasoning = step.get("reasoning_content")
     provenance = _provenance(step, place, well_formed=well_formed and not run_by_provider)
     reply = Message(
         role=Role.ASSISTANT,
         content="" if written_by_converter else text,
-        reasoning=None if summaries else step.get("reasoning_content"),
+        reasoning=None if summaries or reasoning is None else a_text(reasoning, f"{place}.reasoning_content"),
         tool_calls=calls,
         trained=not step.get("is_copied_context"),
         provenance=provenance,
         time_seconds=_time(step, place),
-        sampled=_sampled(metrics, _ours(step)) if ids_are_known else None,
+        sampled=_sampled(metrics, _ours(step), place) if ids_are_known else None,
     )
     return _Turn(reply=reply, results=results, block=written_by_converter and not metrics)
 
@@ -163,11 +165,13 @@ def _calls(step: Mapping[str, Any], place: str) -> tuple[tuple[ToolCall, ...], b
     calls: list[ToolCall] = []
     raw = _optional(step, "extra", place).get("raw_arguments")
     well_formed = not isinstance(raw, str) or _is_object(raw)
-    for number, call in enumerate(step.get("tool_calls") or ()):
+    for number, call in enumerate(_list(step, "tool_calls", place)):
         here = f"{place}.tool_calls[{number}]"
         if not isinstance(call, Mapping) or not isinstance(call.get("function_name"), str):
             raise MalformedRow(f"{here}.function_name: missing; ATIF wants a string")
-        identifier = None if _ours(call).get("made_id") else call.get("tool_call_id")
+        identifier = an_id(call.get("tool_call_id"), f"{here}.tool_call_id")
+        if _ours(call).get("made_id"):
+            identifier = None
         calls.append(ToolCall(id=identifier, name=call["function_name"], arguments=_object(call, "arguments", here)))
     return tuple(calls), well_formed
 
@@ -175,15 +179,19 @@ def _calls(step: Mapping[str, Any], place: str) -> tuple[tuple[ToolCall, ...], b
 def _results(step: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     found: list[Message] = []
     observation = _optional(step, "observation", place)
-    made_ids = {call.get("tool_call_id") for call in step.get("tool_calls") or () if _ours(call).get("made_id")}
-    for number, result in enumerate(observation.get("results") or ()):
+    made_ids = [
+        call.get("tool_call_id")
+        for call in _list(step, "tool_calls", place)
+        if isinstance(call, Mapping) and _ours(call).get("made_id")
+    ]
+    for number, result in enumerate(_list(observation, "results", f"{place}.observation")):
         here = f"{place}.observation.results[{number}]"
         if not isinstance(result, Mapping):
             raise MalformedRow(f"{here}: not an object")
         if result.get("content") is None and result.get("subagent_trajectory_ref"):
             raise MalformedRow(f"{here}: what a subagent answered is not in this file; import its trajectory alone")
         ours = _ours(result)
-        identifier = result.get("source_call_id")
+        identifier = an_id(result.get("source_call_id"), f"{here}.source_call_id")
         found.append(
             Message(
                 role=Role.TOOL,
@@ -207,10 +215,13 @@ def _as_shown(content: str, step: Mapping[str, Any]) -> str:
 # -- fields
 
 
-def _sampled(metrics: Mapping[str, Any], ours: Mapping[str, Any]) -> Sampled | None:
-    ids = metrics.get("completion_token_ids")
-    if ids is None:
+def _sampled(metrics: Mapping[str, Any], ours: Mapping[str, Any], place: str) -> Sampled | None:
+    if metrics.get("completion_token_ids") is None:
         return None
+    here = f"{place}.metrics.completion_token_ids"
+    ids = a_list(metrics["completion_token_ids"], here)
+    if not all(type(identifier) is int for identifier in ids) or (ours.get("sampled_end") and not ids):
+        raise MalformedRow(f"{here}: not the token ids of a reply; the file is damaged, export it again")
     if ours.get("sampled_end"):
         return Sampled(body=tuple(ids[:-1]), end=ids[-1])
     return Sampled(body=tuple(ids), end=None)
@@ -248,6 +259,10 @@ def _time(fields: Mapping[str, Any], place: str) -> float | None:
     except (TypeError, ValueError) as error:
         raise MalformedRow(f"{place}.timestamp: {stamp!r} is not an ISO 8601 time") from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _list(fields: Mapping[str, Any], key: str, place: str) -> Sequence[Json]:
+    return a_list(fields.get(key) or (), f"{place}.{key}")
 
 
 def _object(fields: Mapping[str, Any], key: str, place: str) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_klong.trajectory.importers import openai_messages
+from megatron_klong.trajectory.importers.fields import a_list
 from megatron_klong.trajectory.importers.formats import RowFormat
 from megatron_klong.trajectory.importers.refusal import MalformedRow
 from megatron_klong.trajectory.importers.row_fields import (
@@ -40,10 +41,9 @@ def recognises(row: Any) -> bool:
 
 
 def transcript(row: Any, source: str, number: int) -> Transcript:
-    """Convert one row. Raises MalformedRow."""
+    """Convert one row that is recognised. Raises MalformedRow."""
     pair = _pair(row)
-    if pair is None:
-        raise MalformedRow("neither a prompt with its completion nor an instruction with its output")
+    assert pair is not None
     prompt_key, answer_key = pair
     head = _said(row[prompt_key], prompt_key, Role.USER, row.get("input"))
     head = tuple(_context(message) for message in head)
@@ -86,7 +86,7 @@ def _context(message: Message) -> Message:
 
 def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
     messages: list[Message] = []
-    for number, exchange in enumerate(row.get("history") or ()):
+    for number, exchange in enumerate(a_list(row.get("history") or (), "history")):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise MalformedRow(f"history[{number}]: not a prompt and its answer")
         messages += _said(exchange[0], f"history[{number}][0]", Role.USER)

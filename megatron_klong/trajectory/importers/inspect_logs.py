@@ -27,6 +27,7 @@ _ZSTANDARD = 93  # the zip method that Python's zipfile knows from 3.14 on
 _SAMPLE = re.compile(r"samples/.+_epoch_\d+\.json")
 _CHUNKED_SAMPLE = re.compile(r"(samples/.+_epoch_\d+)/sample\.json")
 _JSON_LOG = re.compile(rb'\s*\{\s*"version"\s*:\s*\d+\s*,\s*"status"\s*:\s*"\w+"\s*,\s*"eval"\s*:\s*\{')
+_ENCRYPTED = 1  # the bit of an entry's flags
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 type _Found = tuple[str, Mapping[str, Json], Json | Refusal]
@@ -53,6 +54,8 @@ def transcripts(path: Path, *, max_bytes: int = MAX_TRANSCRIPT_BYTES) -> Iterato
         yield _refusal(path, RefusalReason.CORRUPT, detail)
     except UnicodeDecodeError as error:
         yield _refusal(path, RefusalReason.NOT_UTF8, str(error))
+    except NotImplementedError as error:  # what a damaged directory of the archive asks for
+        yield _refusal(path, RefusalReason.CORRUPT, f"{error}; copy the log again")
     except (ValueError, RecursionError) as error:
         yield _refusal(path, RefusalReason.NOT_JSON, str(error))
     else:
@@ -119,6 +122,8 @@ def _parsed(archive: ZipFile, file: BinaryIO, info: ZipInfo, place: str) -> Json
 
 
 def _content(archive: ZipFile, file: BinaryIO, info: ZipInfo) -> bytes:
+    if info.flag_bits & _ENCRYPTED:  # which Inspect never does, so it is damage
+        raise BadZipFile(f"{info.filename!r} is marked as encrypted")
     if info.compress_type != _ZSTANDARD:
         return archive.read(info)
     file.seek(info.header_offset)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from megatron_klong.trajectory.importers.fields import an_id
 from megatron_klong.trajectory.importers.formats import Json
 from megatron_klong.trajectory.importers.refusal import MalformedRow
 from megatron_klong.trajectory.schema import Message, Provenance, Reading, Role, ToolCall
@@ -62,16 +63,17 @@ def identity(raw: Mapping[str, Any], attachments: Attachments) -> object:
     if isinstance(content, list):
         content = "\n".join(str(part.get("text", "")) for part in objects(content, "content"))
     text = str(content or "")
-    calls = tuple(call.get("id") for call in objects(raw.get("tool_calls"), "tool_calls"))
-    return raw.get("role"), text.strip(), calls, raw.get("tool_call_id") if raw.get("role") == "tool" else None
+    calls = tuple(an_id(call.get("id"), "tool_calls.id") for call in objects(raw.get("tool_calls"), "tool_calls"))
+    role, answered = an_id(raw.get("role"), "role"), an_id(raw.get("tool_call_id"), "tool_call_id")
+    return role, text.strip(), calls, answered if role == "tool" else None
 
 
 def to_message(told: Told, attachments: Attachments, place: str, tool_times: Mapping[str | None, Json]) -> Message:
     """Convert one message. tool_times: when calls of tools ended, by id of the call. Raises MalformedRow."""
     raw = told.raw
-    if raw.get("role") not in _ROLES:
+    role = _ROLES.get(str(raw.get("role")))
+    if role is None:
         raise MalformedRow(f"{place}.role: {raw.get('role')!r} is not one of {', '.join(_ROLES)}")
-    role = _ROLES[raw["role"]]
     content = attachments.resolved(raw.get("content"))
     text = _text(content, f"{place}.content")
     if role is Role.ASSISTANT:
@@ -88,7 +90,7 @@ def to_message(told: Told, attachments: Attachments, place: str, tool_times: Map
     if role is not Role.TOOL:
         return Message(role=role, content=text)
     error = optional(raw, "error", place)
-    call_id = raw.get("tool_call_id")
+    call_id = an_id(raw.get("tool_call_id"), f"{place}.tool_call_id")
     return Message(
         role=role,
         # How Inspect's providers show a failed call to a model; what it printed before is not shown.
@@ -129,7 +131,7 @@ def seconds(stamp: Json, place: str) -> float | None:
 def _provenance(told: Told, well_formed: bool) -> Provenance:
     if not told.is_reply:
         by_source = {"input": Provenance.DEMONSTRATION, "generate": Provenance.COPIED}
-        return by_source.get(told.raw.get("source", ""), Provenance.SYNTHETIC)
+        return by_source.get(str(told.raw.get("source")), Provenance.SYNTHETIC)
     if told.failed:
         return Provenance.API_ERROR
     if not well_formed:
@@ -148,7 +150,8 @@ def _calls(raw: Mapping[str, Any], attachments: Attachments, place: str) -> tupl
             well_formed = False
         if not isinstance(arguments, Mapping):
             arguments = {"arguments": arguments}
-        calls.append(ToolCall(id=call.get("id"), name=call["function"], arguments=arguments))
+        identifier = an_id(call.get("id"), f"{place}.tool_calls[{number}].id")
+        calls.append(ToolCall(id=identifier, name=call["function"], arguments=arguments))
     return tuple(calls), well_formed
 
 

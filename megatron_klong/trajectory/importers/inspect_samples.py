@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_klong.trajectory.importers.fields import a_list, an_id
 from megatron_klong.trajectory.importers.formats import Json
 from megatron_klong.trajectory.importers.inspect_messages import (
     Attachments,
@@ -41,14 +42,14 @@ def transcript(sample: Json, evaluation: Mapping[str, Json], source: str) -> Tra
         raise MalformedRow("id: missing; this is no sample of an Inspect log")
     messages = objects(sample.get("messages"), "messages")
     attachments = Attachments(optional(sample, "attachments", ""))
-    calls = _agent_calls(_calls(sample), evaluation.get("model"))
+    calls = _agent_calls(_calls(sample), an_id(evaluation.get("model"), "eval.model"))
     thread = _Thread(attachments)
     calls = thread.of_one_conversation(calls, messages)
     for call in calls:
         thread.add_prompt(call.prompt)
         thread.add_reply(call)
     thread.finish(messages)
-    times = {event.get("id"): event.get("completed") for event in _events(sample, "tool")}
+    times = {an_id(event.get("id"), "events.id"): event.get("completed") for event in _events(sample, "tool")}
     task, run = _names(sample, evaluation)
     return Transcript(
         id=run,
@@ -107,13 +108,13 @@ def _events(sample: Mapping[str, Any], kind: str) -> list[Mapping[str, Any]]:
 def _calls(sample: Mapping[str, Any]) -> list[_Call]:
     """Every finished model event outside the spans of others. Newer logs keep messages of prompts in one pool."""
     pool = objects(optional(sample, "events_data", "").get("messages"), "events_data.messages")
-    spans = {event.get("id"): event for event in _events(sample, "span_begin")}
+    spans = {an_id(event.get("id"), "events.id"): event for event in _events(sample, "span_begin")}
     found: list[_Call] = []
     scorers = 0  # logs older than spans have steps, which nest
     for number, event in enumerate(objects(sample.get("events"), "events")):
         if event.get("event") == "step" and event.get("type") == "scorer":
             scorers += 1 if event.get("action") == "begin" else -1
-        if event.get("event") != "model" or scorers or _is_others(event.get("span_id"), spans):
+        if event.get("event") != "model" or scorers or _is_others(event.get("span_id"), spans, f"events[{number}]"):
             continue
         if not event.get("pending") and not event.get("error"):
             found += _call(event, pool, f"events[{number}]")
@@ -125,11 +126,11 @@ def _call(event: Mapping[str, Any], pool: Sequence[Mapping[str, Any]], place: st
     output = optional(event, "output", place)
     return [
         _Call(
-            model=event.get("model"),
-            role=event.get("role"),
+            model=an_id(event.get("model"), f"{place}.model"),
+            role=an_id(event.get("role"), f"{place}.role"),
             prompt=_prompt(event, pool, place),
             reply=optional(choice, "message", f"{place}.output.choices[0]"),
-            stop_reason=choice.get("stop_reason"),
+            stop_reason=an_id(choice.get("stop_reason"), f"{place}.output.choices[0].stop_reason"),
             failed=bool(output.get("error")),
             tools=objects(event.get("tools"), f"{place}.tools"),
             time_seconds=seconds(event.get("completed") or event.get("timestamp"), f"{place}.completed"),
@@ -138,11 +139,15 @@ def _call(event: Mapping[str, Any], pool: Sequence[Mapping[str, Any]], place: st
     ]
 
 
-def _is_others(span: str | None, spans: Mapping[str | None, Mapping[str, Any]]) -> bool:
-    while span in spans:
-        if spans[span].get("type") in _OTHERS_SPANS:
+def _is_others(span: Json, spans: Mapping[str | None, Mapping[str, Any]], place: str) -> bool:
+    inside: set[str | None] = set()
+    while (name := an_id(span, f"{place}.span_id")) in spans:
+        if name in inside:
+            raise MalformedRow(f"{place}.span_id: the span {name!r} is inside itself; copy the log again")
+        inside.add(name)
+        if str(spans[name].get("type")) in _OTHERS_SPANS:
             return True
-        span = spans[span].get("parent_id")
+        span = spans[name].get("parent_id")
     return False
 
 
@@ -150,7 +155,10 @@ def _prompt(event: Mapping[str, Any], pool: Sequence[Mapping[str, Any]], place: 
     if event.get("input_refs") is None:
         return objects(event.get("input"), f"{place}.input")
     prompt: list[Mapping[str, Any]] = []
-    for start, stop in event["input_refs"]:
+    for reference in a_list(event["input_refs"], f"{place}.input_refs"):
+        if not isinstance(reference, list) or [type(bound) for bound in reference] != [int, int]:
+            raise MalformedRow(f"{place}.input_refs: {reference!r} is no range of messages; copy the log again")
+        start, stop = reference
         if not 0 <= start <= stop <= len(pool):
             raise MalformedRow(
                 f"{place}.input_refs: [{start}, {stop}) is outside the {len(pool)} messages of events_data; "
@@ -260,7 +268,7 @@ class _Thread:
         self._numbers.append(number)
 
     def _number(self, message: Mapping[str, Any]) -> int:
-        identifier = message.get("id")
+        identifier = an_id(message.get("id"), "messages.id")
         if identifier in self._by_id:
             return self._by_id[identifier]
         content = identity(message, self._attachments)

@@ -58,11 +58,17 @@ def _batches(path: Path, kind: Kind) -> Iterator[Any]:
         return
     with pyarrow.memory_map(str(path)) as source:
         if kind is Kind.ARROW_STREAM:
-            yield from pyarrow.ipc.open_stream(source)
+            yield from map(_sound, pyarrow.ipc.open_stream(source))
             return
         table = pyarrow.ipc.open_file(source)
         for number in range(table.num_record_batches):
-            yield table.get_batch(number)
+            yield _sound(table.get_batch(number))
+
+
+def _sound(batch: Any) -> Any:
+    """Raises ArrowInvalid for offsets that are damaged: pyarrow would follow them anywhere in memory."""
+    batch.validate(full=True)
+    return batch
 
 
 def _without_nulls(value: Any) -> Any:

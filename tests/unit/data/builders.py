@@ -24,14 +24,14 @@ _WORDS = ["the", "loss", "of", "a", "model", "is", "lower", "when", "data", "are
 _SMALL_UNITS = """
 import runpy, sys
 from megatron_klong.data import units
-units.UNIT_BYTES, units.LARGE_FILE_BYTES = {unit_bytes}, {large_bytes}
+units.UNIT_BYTES = {unit_bytes}
 sys.argv[0] = {program!r}
 runpy.run_path({program!r}, run_name="__main__")
 """
 
 
 COUNTED = ("transcripts", "turns", "tokens", "trained_tokens", "windows")
-_UNIT_BYTES, _LARGE_FILE_BYTES = 12_000, 30_000
+_UNIT_BYTES = 12_000
 _RULE = policy(1200, reserve=150, keep=300)
 
 
@@ -65,7 +65,7 @@ def write_inputs(folder: Path, *, files: int = 8, rows_of_large: int = 25, refus
 @contextmanager
 def small_units() -> Iterator[None]:
     """So that small inputs are worked on in many pieces."""
-    with patch.object(units, "UNIT_BYTES", _UNIT_BYTES), patch.object(units, "LARGE_FILE_BYTES", _LARGE_FILE_BYTES):
+    with patch.object(units, "UNIT_BYTES", _UNIT_BYTES):
         yield
 
 
@@ -85,7 +85,7 @@ def arguments(source: Path, prefix: Path, tokenizer: Path, *more: object) -> lis
 def start(*given: object, **how: Any) -> subprocess.Popen[str]:
     """The program with small units, in a process group of its own."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    code = _SMALL_UNITS.format(program=str(PROGRAM), unit_bytes=_UNIT_BYTES, large_bytes=_LARGE_FILE_BYTES)
+    code = _SMALL_UNITS.format(program=str(PROGRAM), unit_bytes=_UNIT_BYTES)
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, given)],
         env=environment,

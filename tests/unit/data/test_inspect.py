@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_klong.data.decoded import Part, document_rows, find_tokenizer, pieces
-from megatron_klong.data.inspect import Inspection, damage_named, without_suffix
+from megatron_klong.data.inspect import Inspection, damage_named, verify_lines, without_suffix
 from megatron_klong.data.printed import document_lines, window_lines
 from megatron_klong.data.shard import Shard, ShardError
 from megatron_klong.data.summary import summarise
@@ -18,7 +18,7 @@ from megatron_klong.trajectory.context import ContextPolicy
 from megatron_klong.trajectory.phases import Phase
 from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.split_plan import split_rows
-from megatron_klong.trajectory.tokenizer import load_template_tokenizer
+from megatron_klong.trajectory.tokenizer import TokenizerError, load_template_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from megatron_klong.trajectory.windows import split
 from tests.unit.data.small_shards import COMMANDS, MADE, PLAIN, RENDERER, RESULTS, TOKENIZER, small_shard, write
@@ -63,6 +63,14 @@ def test_a_small_shard_is_what_one_counts_by_hand(shard: Shard) -> None:
         Phase.DEBUGGING: (4, 0, 4),
         Phase.WRITING: (0, None, 2),
     }
+
+
+def test_with_loss_on_the_window_the_overlap_is_counted_twice(shard: Shard) -> None:
+    shard.manifest["loss_on"] = "window"
+    answers = [17 + len(command) + 1 for command in COMMANDS]  # with the token that ends the turn
+    # The second window of each document begins with turn 2 again: see above.
+    summary = summarise(shard, TOKENIZER)
+    assert summary.times_trained == {1: 2 * (sum(answers) - answers[2]), 2: 2 * answers[2]}
 
 
 @settings(max_examples=30)
@@ -156,6 +164,25 @@ def test_a_broken_manifest_is_named(shard: Shard) -> None:
         Inspection(shard.prefix, None)
 
 
+def test_a_manifest_that_lacks_what_a_reader_needs_is_named_though_all_checksums_are_right(shard: Shard) -> None:
+    file = Path(f"{shard.prefix}.manifest.json")
+    manifest = json.loads(file.read_text())
+    del manifest["policy"]["max_tokens"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=r"sft: cannot be read \(KeyError: 'max_tokens'\); preprocess again"):
+        list(verify_lines(shard.prefix, PLAIN))
+
+
+def test_what_is_found_damaged_is_told_as_it_was_found(shard: Shard) -> None:
+    file = Path(f"{shard.prefix}.bin")
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ShardError, match=r"sft\.bin: checksum differs from the manifest's; delete .*sft\.\*"):
+        list(verify_lines(shard.prefix, PLAIN))
+    Path(f"{shard.prefix}.manifest.json").write_text("{")
+    with pytest.raises(ShardError, match=r"sft\.manifest\.json: not JSON .* delete .*sft\.\* and preprocess again"):
+        list(verify_lines(shard.prefix, PLAIN))
+
+
 def test_a_fault_of_ours_is_not_blamed_on_the_shard(shard: Shard) -> None:
     with pytest.raises(ZeroDivisionError), damage_named(shard.prefix):
         raise ZeroDivisionError
@@ -184,6 +211,10 @@ def test_the_tokenizer_is_the_one_the_shard_was_written_with(shard: Shard, tmp_p
     train_tokenizer(["some text"], vocabulary_size=300, folder=tmp_path / "other")
     with pytest.raises(ShardError, match=r"tokenizer\.json: not the tokenizer .*sft was written with"):
         find_tokenizer(shard, tmp_path / "other")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"broken/tokenizer\.json: not a Hugging Face tokenizer\.json"):
+        find_tokenizer(shard, tmp_path / "broken")
 
 
 def test_ids_are_shown_without_a_tokenizer(shard: Shard) -> None:

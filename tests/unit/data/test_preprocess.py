@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from megatron_klong.data.preprocess import RefusedError
 from megatron_klong.data.shard import Shard
 from tests.conftest import REPOSITORY
 from tests.unit.data import builders
@@ -132,6 +133,18 @@ def test_strict_writes_no_shard_and_names_what_was_refused(tmp_path: Path, token
     assert len(Shard(tmp_path / "s").documents) == 4
 
 
+def test_of_very_many_refusals_strict_names_twenty(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(23):
+        (tmp_path / "in" / f"{number:02}.json").write_text("[{")
+    with pytest.raises(RefusedError) as caught:
+        builders.make(tmp_path / "in", tmp_path / "s", tokenizer, strict=True)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("23 inputs refused, so no shard was written")
+    assert (len(lines), lines[-1]) == (22, "and 3 more")
+    assert "19.json#0: truncated" in lines[-2]
+
+
 def test_the_summary_is_json_for_programs_and_an_aligned_table_for_people(tmp_path: Path, tokenizer: Path) -> None:
     source = builders.write_inputs(tmp_path / "in", files=3, rows_of_large=2)
     command = builders.arguments(source, tmp_path / "s", tokenizer, "--loss-on", "window", "--overwrite")
@@ -178,6 +191,27 @@ def test_any_chat_template_with_markers_renders_a_shard(tmp_path: Path, workers:
     assert trained.startswith(first[2]["content"])
 
 
+def test_what_a_chat_template_cannot_write_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+    words = Tokenizer.from_file(str(write_tokenizer(tmp_path / "plain", control=False) / "tokenizer.json"))
+    words.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat.jinja").write_text(
+        PLAIN.replace("{{ m.role }}", "{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}{{ m.role }}")
+    )
+    rows = [builders.row(0), builders.row(1), builders.row(2)]
+    rows[1]["messages"][1]["content"] = "bad"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = builders.arguments(tmp_path / "in.jsonl", tmp_path / "s", tmp_path / "tokenizer.json")
+    made = builders.run(*command, "--chat-template", tmp_path / "chat.jinja", "--json")
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    (refused,) = report["refusals"]
+    assert report["transcripts"] == 2
+    assert refused["reason"] == "malformed"
+    assert "openai_messages: row-1#1: messages[1]: " in refused["detail"]
+    assert "the template fails: no" in refused["detail"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -208,8 +242,9 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, tokenizer: Pa
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_file_too_large_to_write_ends_the_run_and_more_room_lets_it_go_on(
-    tmp_path: Path, tokenizer: Path, workers: int
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # what it writes would meet the limit too
     source = builders.write_inputs(tmp_path / "in")
     command = builders.arguments(source, tmp_path / "s", tokenizer, "--workers", workers)
     limit = 50_000  # a part is smaller, all of them together are not

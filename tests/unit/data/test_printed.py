@@ -116,6 +116,12 @@ def test_lines_are_wrapped_by_the_width_of_their_characters() -> None:
     assert Terminal(color=True, columns=None).paint("x", Style.PLAIN) == "x"
 
 
+def test_an_accent_takes_no_room_and_never_begins_a_line() -> None:
+    accented = "e\u0301"
+    lines = list(Terminal(color=False, columns=14).wrapped([Span(accented * 13, Style.PLAIN)], 2))
+    assert lines == [accented * 12, accented]
+
+
 def test_kinds_are_named_in_both_tables(shard: Shard) -> None:
     lines = list(document_lines(shard, 1, document_rows(shard, 1, TOKENIZER), [2, 3]))
     assert lines[1].split()[:2] == ["window", "new"]

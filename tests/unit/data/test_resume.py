@@ -1,12 +1,14 @@
 """Many processes, and runs that are killed: the shard is the same byte for byte, and never half of one."""
 
 import fcntl
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,15 @@ from pathlib import Path
 import pytest
 
 from megatron_klong.data import units, work_folder
+from megatron_klong.data.parts import WorkerError
+from megatron_klong.data.preprocess import preprocess
 from megatron_klong.data.shard import Shard, ShardError
 from megatron_klong.trajectory.importers.refusal import Refusal
 from megatron_klong.trajectory.schema import Transcript
+from megatron_klong.trajectory.tokenizer import TokenizerError, load_tokenizer
 from tests.conftest import REPOSITORY
 from tests.unit.data.builders import PROGRAM, SUFFIXES, arguments, content, make, run, start, write_inputs
+from tests.unit.trajectory.builders import policy
 from tests.unit.trajectory.test_tokenizer import write_tokenizer
 
 KILLS = [pytest.param(4, id="4 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.slow)]
@@ -95,17 +101,20 @@ def _open_below(folder: Path) -> list[str]:
     return found
 
 
-def test_what_is_finished_is_not_made_again(tmp_path: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_finished_is_not_made_again(tmp_path: Path, tokenizer: Path, workers: int) -> None:
     source, prefix = write_inputs(tmp_path / "in"), tmp_path / "s"
     make(source, prefix, tokenizer, share=(0, 2))
     parts = _parts(prefix)
     assert len(parts) > 1
     assert not (tmp_path / "s.bin").exists()
-    make(source, prefix, tokenizer, share=(1, 2))
+    make(source, prefix, tokenizer, share=(1, 2), workers=workers)
     after = _parts(prefix)
     assert len(after) > len(parts)
     assert parts.items() <= after.items()
-    make(source, prefix, tokenizer)
+    make(source, prefix, tokenizer, share=(0, 1), workers=workers)
+    assert _parts(prefix) == after
+    make(source, prefix, tokenizer, workers=workers)
     make(source, tmp_path / "whole", tokenizer)
     assert content(prefix) == content(tmp_path / "whole")
 
@@ -182,3 +191,45 @@ def test_input_that_changes_while_it_is_read_stops_the_run(
     with pytest.raises(units.InputChangedError, match=r"000\.json: changed while it was read"):
         make(source, tmp_path / "s", tokenizer)
     assert not (tmp_path / "s.manifest.json").exists()
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_the_cure_and_the_same_command_goes_on(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    source, prefix = write_inputs(tmp_path / "in"), tmp_path / "s"
+
+    def kill_the_first() -> None:
+        deadline = time.monotonic() + 60
+        while not multiprocessing.active_children() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    with pytest.raises(WorkerError, match=r"a worker process was killed, .* with fewer --workers: what is finished is"):
+        make(source, prefix, tokenizer, workers=2)
+    killer.join()
+    assert not (tmp_path / "s.manifest.json").exists()
+    make(source, prefix, tokenizer)
+    make(source, tmp_path / "whole", tokenizer)
+    assert content(prefix) == content(tmp_path / "whole")
+
+
+def test_a_tokenizer_that_changed_since_it_was_loaded_stops_the_workers(tmp_path: Path, tokenizer: Path) -> None:
+    source, loaded = write_inputs(tmp_path / "in", files=2, rows_of_large=2), load_tokenizer(tokenizer)
+    write_tokenizer(tokenizer, control=False)  # control tokens can be added to it: only the ids would tell
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: changed since it was loaded; run again"):
+        preprocess([source], tmp_path / "s", loaded, policy(1200, reserve=150, keep=300), workers=2)
+    assert not (tmp_path / "s.manifest.json").exists()
+
+
+def test_what_a_killed_writer_left_of_this_output_is_removed(tmp_path: Path, tokenizer: Path) -> None:
+    source = write_inputs(tmp_path / "in", files=2, rows_of_large=2)
+    ours, other = tmp_path / ".s.bin.x1.tmp", tmp_path / ".s2.bin.x1.tmp"
+    for file in (ours, other):
+        file.write_bytes(b"half")
+    make(source, tmp_path / "s", tokenizer, share=(0, 1))
+    assert ours.exists()  # of a task beside this one, for all that a task of a job array knows
+    make(source, tmp_path / "s", tokenizer)
+    assert (ours.exists(), other.exists()) == (False, True)

@@ -12,7 +12,8 @@ import pytest
 from megatron_klong.data.inspect import verify_lines
 from megatron_klong.data.shard import Shard, ShardError
 from megatron_klong.data.verify import verify
-from tests.unit.data.small_shards import PLAIN, small_shard
+from tests.unit.data.small_shards import MADE, PLAIN, small_shard, write
+from tests.unit.trajectory.builders import policy
 
 
 @pytest.fixture
@@ -136,3 +137,12 @@ def test_many_faults_are_counted(shard: Shard) -> None:
             lines.append(line)
     assert len(lines) == 4
     assert all("exceed max_tokens 60" in line for line in lines)
+
+
+def test_of_very_many_faults_forty_are_shown(tmp_path: Path) -> None:
+    shard = write(tmp_path / "sft", [MADE] * 21, policy(190, reserve=50, keep=60, pin="task"))  # two windows each
+    tampered(shard, set_manifest("policy", "max_tokens", 60))
+    lines: list[str] = []
+    with pytest.raises(ShardError, match="sft: 42 faults"):
+        lines.extend(verify_lines(shard.prefix, PLAIN))
+    assert (len(lines), lines[-1]) == (41, "  and 2 more")

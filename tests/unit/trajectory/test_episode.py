@@ -100,3 +100,13 @@ def test_replay_finds_the_turn_whose_prompt_differs() -> None:
 def test_replay_wants_the_same_tokenizer() -> None:
     with pytest.raises(ValueError, match="recorded with tokenizer other"):
         replay(record().model_copy(update={"tokenizer_sha256": "other"}), RENDERER)
+
+
+def test_what_was_not_recorded_is_not_compared() -> None:
+    whole = record()
+    for missing in ("context", "tokenizer_sha256"):
+        result = replay(whole.model_copy(update={missing: None}), RENDERER)
+        assert (result.turns, result.windows, result.agrees) == (0, 0, True)
+    unsent = TurnRecord(window=None, prompt_tokens=0, prompt_sha256="", model_seconds=0, given_back_seconds=0)
+    result = replay(whole.model_copy(update={"turns": [unsent, *whole.turns]}), RENDERER)
+    assert (result.turns, result.mismatches) == (len(whole.turns), ())

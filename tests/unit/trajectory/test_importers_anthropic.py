@@ -192,3 +192,13 @@ def test_real_openai_rows_are_not_claimed(shared_data: Path) -> None:
     rows = json.loads(file.read_text(encoding="utf-8"))
     assert len(rows) == 5
     assert not any(FORMAT.recognises(row) for row in rows)
+
+
+def test_a_system_message_among_the_others_and_a_tool_of_the_provider_stay_as_they_are() -> None:
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    bare = {"name": "bash", "input_schema": {"type": "object"}}
+    row = {"messages": [{"role": "system", "content": "be kind"}, *MESSAGES], "tools": [search, bare]}
+    made = FORMAT.transcript(row, "a.jsonl", 0)
+    assert (made.messages[0].role, made.messages[0].content) == (Role.SYSTEM, "be kind")
+    named = {"type": "function", "function": {"name": "bash", "parameters": {"type": "object"}}}
+    assert list(made.tools) == [search, named]

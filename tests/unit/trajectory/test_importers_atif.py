@@ -172,11 +172,38 @@ IMAGE = {"type": "image", "source": {"media_type": "image/png", "path": "a.png"}
         (trajectory(said("x", extra={"klong": {"provenance": "god"}})), "provenance: 'god' is not one of model, "),
         (trajectory(said("x", metrics=[])), r"steps\[0\].metrics: not an object"),
         (trajectory(said("x"), agent="a") | {"agent": None}, "trajectory.agent: not an object"),
+        (trajectory(said("x", tool_calls=True)), r"steps\[0\].tool_calls: bool where a list belongs"),
+        (trajectory(said("x", tool_calls=[None])), r"tool_calls\[0\].function_name: missing"),
+        (trajectory(said("x", tool_calls=[{**CALL, "tool_call_id": []}])), r"tool_calls\[0\].tool_call_id: list where"),
+        (trajectory(said("x", observation={"results": 3})), r"steps\[0\].observation.results: int where a list"),
+        (trajectory(said("x", observation={"results": ["r"]})), r"observation.results\[0\]: not an object"),
+        (
+            trajectory(said("x", observation={"results": [{"source_call_id": ["c1"]}]})),
+            r"results\[0\].source_call_id: list where text belongs",
+        ),
+        (trajectory(said("x", reasoning_content=3)), r"steps\[0\].reasoning_content: int where text belongs"),
+        (trajectory(asked("t"), {"source": "user", "message": 3}), r"steps\[1\].message: neither text nor a list"),
+        (
+            trajectory(said("x")) | {"agent": {"name": "a", "tool_definitions": [3]}},
+            "agent.tool_definitions: int where an object belongs",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_field(value: dict[str, Any], message: str) -> None:
     with pytest.raises(MalformedRow, match=message):
         read(value)
+
+
+@pytest.mark.parametrize(("ids", "ended"), [(3, False), ([1, "2"], False), ([True], False), ([], True)])
+def test_sampled_ids_that_are_none_are_refused(ids: Any, ended: bool) -> None:
+    step = said("x", metrics={"completion_token_ids": ids}, extra={"klong": {"sampled_end": ended}})
+    with pytest.raises(MalformedRow, match=r"steps\[1\].metrics.completion_token_ids: (int where|not the token ids)"):
+        read(trajectory(asked("t"), step, extra={"klong": {"tokenizer_sha256": "bytes"}}))
+
+
+def test_a_call_after_a_user_s_step_is_no_block_of_an_earlier_reply() -> None:
+    made = read(trajectory(said("a", metrics={"m": 1}), asked("t"), called("Executed Bash c1", "c1")))
+    assert [len(reply.tool_calls) for reply in replies(made)] == [0, 1]
 
 
 def real(shared_data: Path, name: str) -> dict[str, Any]:

@@ -290,3 +290,9 @@ def test_only_this_format_is_claimed(shared_data: Path) -> None:
     assert not FORMAT.recognises([])
     assert not FORMAT.recognises([{"messages": [{"role": "user", "content": "t"}]}])
     assert not FORMAT.recognises([{"type": [], "payload": {}}])
+
+
+def test_the_program_s_own_book_keeping_is_not_shown() -> None:
+    rows = [line("session_meta", **META), said("user", "t"), item("ghost_snapshot", commit="c"), said("assistant", "y")]
+    (made,) = FORMAT.transcripts(iter(rows), "a.jsonl")
+    assert contents(made)[-2:] == ["t", "y"]

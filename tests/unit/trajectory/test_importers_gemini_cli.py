@@ -135,3 +135,9 @@ def test_the_reader_of_files_finds_it(shared_data: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("value", [None, [], {"messages": []}, {"sessionId": "s", "messages": [{"role": "user"}]}])
 def test_other_values_are_not_claimed(value: Any) -> None:
     assert not FORMAT.recognises(value)
+
+
+def test_parts_that_are_plain_text_and_a_response_of_another_name_are_shown_as_they_are() -> None:
+    call = {**use("c1", {"listing": "a.py"}), "result": [*use("c1", {"listing": "a.py"})["result"], "and more"]}
+    made = read(message("user", ["t", {"text": "u"}]), message("gemini", "", toolCalls=[call]), message("gemini", "y"))
+    assert contents(made) == ["t\nu", "", '{"listing": "a.py"}\nand more', "y"]

@@ -267,6 +267,20 @@ IMAGE = [{"type": "image", "image": "data:image/png;base64,"}]
         (sample([], [said("robot", "x")]), "message 0.role: 'robot' is not one of system, user, assistant, tool"),
         (sample([], [FIRST, result("c1", metadata={"klong_reading": "x"})]), "klong_reading: 'x' is not one of none"),
         (sample([model_event([TASK], SECOND, completed="noon")], [TASK]), r"events\[0\].completed: 'noon' is not"),
+        (sample([], [{**TASK, "id": []}, SECOND]), "messages.id: list where text belongs"),
+        (sample([], [{**TASK, "role": []}, SECOND]), "role: list where text belongs"),
+        (sample([], [FIRST, {**result("c1"), "tool_call_id": 3}]), "tool_call_id: int where text belongs"),
+        (sample([model_event([TASK], SECOND, model=["m"])], []), r"events\[0\].model: list where text belongs"),
+        (sample([model_event([TASK], SECOND, stop_reason=[])], []), r"choices\[0\].stop_reason: list where text"),
+        (sample([model_event([], SECOND, input_refs=[3])], []), r"events\[0\].input_refs: 3 is no range"),
+        (sample([model_event([], SECOND, input_refs=3)], []), r"events\[0\].input_refs: int where a list belongs"),
+        (sample([], [TASK, SECOND], metadata=[]), "metadata: not an object"),
+        (
+            sample(
+                [{"event": "span_begin", "id": "a", "parent_id": "a"}, model_event([TASK], SECOND, span_id="a")], []
+            ),
+            r"events\[1\].span_id: the span 'a' is inside itself",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_field(raw: Any, message: str) -> None:

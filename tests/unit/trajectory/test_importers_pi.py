@@ -229,3 +229,17 @@ def test_only_this_format_is_claimed(shared_data: Path) -> None:
         assert not FORMAT.recognises(rows_of(shared_data / "trajectories" / other)[:20])
     assert not FORMAT.recognises([])
     assert not FORMAT.recognises([{"type": []}])
+
+
+def test_what_an_extension_said_and_summaries_among_the_messages_are_context() -> None:
+    (made,) = read(
+        HEADER,
+        user("t"),
+        {"type": "custom_message", "customType": "todo", "content": "two left", "timestamp": "2026-01-01T00:00:01Z"},
+        {"type": "message", "message": {"role": "branchSummary", "summary": "it was tried"}},
+        message("user", "plain text"),
+        model(text("y")),
+    )
+    assert contents(made) == ["t", "two left", "it was tried", "plain text", "y"]
+    assert [one.role for one in made.messages] == [Role.USER] * 4 + [Role.ASSISTANT]
+    assert made.messages[2].provenance is Provenance.COPIED

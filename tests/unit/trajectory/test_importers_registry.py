@@ -179,9 +179,12 @@ def test_a_session_with_a_spoilt_field_is_read_or_refused(name: str, data: st.Da
     for format in SESSION_FORMATS:
         if lines and format.recognises(lines):
             try:
-                list(format.transcripts(iter(lines), "source"))
+                made = list(format.transcripts(iter(lines), "source"))
             except MalformedRow:
                 continue
+            assert all(isinstance(transcript, Transcript) for transcript in made)
+            refusals = [refusal for refusal in map(check, made) if refusal is not None]
+            assert all(refusal.detail for refusal in refusals)
 
 
 def _spoilt(value: Any, data: st.DataObject) -> Any:

@@ -213,5 +213,23 @@ def test_prompts_with_answers(row: dict[str, Any], messages: list[tuple[str, str
     assert [(str(message.role), message.content, message.trained) for message in made.messages] == messages
 
 
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        ({"history": True}, "history: bool where a list belongs"),
+        ({"history": [["q", "r"], ["q"]]}, r"history\[1\]: not a prompt and its answer"),
+        ({"history": ["qr"]}, r"history\[0\]: not a prompt and its answer"),
+        ({"history": [["q", 3]]}, r"history\[0\]\[1\]: neither text nor messages"),
+        ({"input": ["x"]}, "input: not text"),
+        ({"system": 3}, "system: not text"),
+    ],
+)
+def test_damage_around_a_pair_is_named_with_its_field(fields: dict[str, Any], detail: str) -> None:
+    row = {"instruction": "i", "output": "o", **fields}
+    assert completion.recognises(row)
+    with pytest.raises(MalformedRow, match=detail):
+        completion.transcript(row, "s", 0)
+
+
 def test_preference_pairs_are_not_taken_for_answers() -> None:
     assert not completion.recognises({"prompt": "p", "chosen": "c", "rejected": "r"})

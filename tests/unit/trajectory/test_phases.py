@@ -58,6 +58,9 @@ def phase(turn: Turn) -> Phase:
         ("cat > README.md <<'EOF'\n# Results\nEOF", WRITE),
         ("echo done >> report.tex && git commit -am report", WRITE),
         ("submit", WRITE),
+        ("str_replace_editor view src/a.py", READ),
+        ("str_replace_editor create src/a.py --text x", CODE),
+        ("str_replace_editor create README.md --text x", WRITE),
         ("mkdir -p out && cp a b && git add .", OTHER),
         ("echo done > /dev/null", OTHER),
         ("", OTHER),
@@ -156,6 +159,10 @@ def test_calls_are_read_from_rendered_text(text: str) -> None:
 
 
 def test_an_agent_without_tools_acts_in_fences() -> None:
+    assert actions_in('<tool_call>{"name": "bash", "arguments": {"cmd": </tool_call>') == ()
+    assert actions_in('<tool_call>{"name": 3, "arguments": {}}</tool_call>') == ()
+    (bare,) = actions_in('<tool_call>{"name": "submit", "arguments": "done"}</tool_call>')
+    assert bare == Action(tool="submit", arguments={})
     found = actions_in("THOUGHT: look\n\n```bash\nls -la\n```\n")
     assert found == (Action(tool="bash", arguments={"command": "ls -la\n"}),)
     assert actions_in("```mswea_bash_command\nls\n```")[0].arguments == {"command": "ls\n"}

@@ -325,6 +325,19 @@ def test_the_date_is_fixed_for_all_transcripts(workshop: Workshop) -> None:
 
 
 def test_templates_run_in_a_sandbox(workshop: Workshop) -> None:
-    for attempt in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}"):
+    hidden = "{% set ns = namespace() %}{% set ns._x = 1 %}"
+    for attempt in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", hidden):
         case = workshop.case(PLAIN + attempt, "qwen3")
         assert "the template fails" in refusal(case, user("t"), assistant("a"))
+
+
+def test_markers_inside_one_another_are_refused(workshop: Workshop) -> None:
+    nested = PLAIN.replace("{{ m.content }}{% for", "{% generation %}{{ m.content }}{% endgeneration %}{% for")
+    told = refusal(workshop.case(nested, "qwen3"), user("t"), assistant("a"))
+    assert "qwen3.jinja: generation markers stand inside one another; close each before the next" in told
+
+
+def test_a_tokenizer_without_offsets_is_refused(plain: Case, tmp_path: Path) -> None:
+    without = replace(plain.renderer.tokenizer, encode_with_offsets=None)
+    with pytest.raises(TokenizerError, match="no character offsets; load it with load_template_tokenizer"):
+        TemplateRenderer(without, ChatTemplate(PLAIN, path="plain.jinja"))

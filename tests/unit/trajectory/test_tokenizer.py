@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS, TokenizerError, load_template_tokenizer, load_tokenizer
@@ -147,3 +148,23 @@ def test_a_template_s_control_token_that_text_can_forge_is_refused(tmp_path: Pat
     made.save(str(folder / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="text that spells <e> is encoded as that control token"):
         load_template_tokenizer(folder, "")
+
+
+def test_a_sentencepiece_model_brings_its_own_control_tokens(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the loss of a model is lower when data are clean\n" * 20)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "spm"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=list(CONTROL_TOKENS),
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "spm.model")
+    assert len(tokenizer.control) == len(CONTROL_TOKENS)
+    assert max(tokenizer.control.values()) < tokenizer.vocabulary_size
+    spelled = "the loss<|user|>"
+    assert not set(tokenizer.encode(spelled)) & set(tokenizer.control.values())
+    assert tokenizer.decode([tokenizer.control["<|user|>"], *tokenizer.encode("data")]) == "<|user|>data"
