@@ -9,17 +9,20 @@ Example: windows [gMASK a b] (b trained) and [gMASK c] (c trained) in a row of 6
     padding_mask  no     no     no     no     no     yes
     cu_seqlens    [0, 3, 5, 6]
 
+With `window_multiple=4`, which context parallelism needs, each window is padded by itself: gMASK a b 0 | gMASK c 0 0.
+
 Always (tests/unit/data/test_batch.py): position t predicts token t + 1 of its own window, so the first token of a
 window is predicted by nothing; the labels under the loss mask are the trained tokens of the windows, each once.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 
+from megatron_klong.data.packing import padded_length
 from megatron_klong.data.shard import WindowTokens
 
 
@@ -37,8 +40,9 @@ class BatchError(ValueError):
 class PackedBatch:
     """Packed rows of one length; `[rows, tokens]` throughout.
 
-    cu_seqlens: where windows begin in the rows laid end to end, padding counted as a window of its own, so that the
-    last entry is rows * tokens. The optional fields are there for RL only, and count under the loss mask only.
+    cu_seqlens: where windows begin in the rows laid end to end; padding behind the last one counted as a window of its
+    own, so that the last entry is rows * tokens; padding behind each one as part of it. The optional fields are there
+    for RL only, and count under the loss mask only.
     """
 
     ids: torch.Tensor  # [rows, tokens] int64
@@ -64,31 +68,47 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return PackedBatch(**values | moved)
+        return self._with({name: tensor.to(device) for name, tensor in self._tensors()})
+
+    def part(self, positions: torch.Tensor) -> "PackedBatch":
+        """Only these of the rows' positions, laid end to end [1, positions]; `cu_seqlens` stays that of the rows."""
+        parts = {name: tensor.reshape(1, -1)[:, positions] for name, tensor in self._tensors() if tensor.dim() == 2}
+        return self._with(parts)
+
+    def _with(self, tensors: Mapping[str, Any]) -> "PackedBatch":
+        return replace(self, **tensors)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                yield field.name, value
 
 
-def pack(source: WindowSource, row: Sequence[int], *, row_tokens: int) -> PackedBatch:
-    """The windows of `row` one behind the other, padded to `row_tokens`: a batch of one row. Raises BatchError."""
+def pack(source: WindowSource, row: Sequence[int], *, row_tokens: int, window_multiple: int = 1) -> PackedBatch:
+    """The windows of `row` one behind the other, each padded to a multiple of `window_multiple` and all of them to
+    `row_tokens`, which is such a multiple too: a batch of one row. Raises BatchError.
+    """
     ids = torch.zeros(row_tokens, dtype=torch.int64)
     positions, labels = torch.zeros_like(ids), torch.zeros_like(ids)
     loss_mask = torch.zeros(row_tokens, dtype=torch.bool)
+    padding_mask = torch.ones_like(loss_mask)
     bounds = [0]
     for number in row:
         window = source.window(number)
         start, stop = bounds[-1], bounds[-1] + len(window.ids)
-        if stop > row_tokens:
+        end = bounds[-1] + padded_length(len(window.ids), window_multiple)
+        if end > row_tokens:
             raise BatchError(f"windows {list(row)} are longer than a row of {row_tokens} tokens; pack them again")
         if window.loss_mask[0]:
             raise BatchError(f"window {number}: its first token is to be trained, but nothing precedes it")
         tokens, trained = torch.from_numpy(window.ids.astype("int64")), torch.from_numpy(window.loss_mask)
         ids[start:stop] = tokens
-        positions[start:stop] = torch.arange(len(tokens))
+        positions[start:end] = torch.arange(end - start)
         labels[start : stop - 1] = tokens[1:]
         loss_mask[start : stop - 1] = trained[1:]
-        bounds.append(stop)
-    padding_mask = torch.arange(row_tokens) >= bounds[-1]
+        padding_mask[start:stop] = False
+        bounds.append(end)
     if bounds[-1] < row_tokens:
         positions[bounds[-1] :] = torch.arange(row_tokens - bounds[-1])
         bounds.append(row_tokens)

@@ -11,11 +11,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_klong.files import Sink
 from megatron_klong.trajectory.segments import Segment
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -33,12 +33,6 @@ class IndexedError(ValueError):
 def token_dtype(vocabulary_size: int) -> np.dtype[np.generic]:
     """The dtype Megatron would choose for ids below `vocabulary_size`."""
     return np.dtype(np.uint16 if vocabulary_size < _UINT16_VOCABULARY else np.int32)
-
-
-class Sink(Protocol):
-    """Where bytes go: a file, or something that also counts or hashes them."""
-
-    def write(self, content: bytes, /) -> int: ...
 
 
 class IndexedWriter:

@@ -15,10 +15,8 @@ from megatron_klong.data.shard_files import (
     IDX,
     PARTS,
     WINDOWS,
-    HashedFile,
     ShardError,
     check_prefix,
-    checksum,
     damaged,
     publish,
     read_manifest,
@@ -26,7 +24,7 @@ from megatron_klong.data.shard_files import (
     shard_file,
 )
 from megatron_klong.data.window_index import write_merged_windows
-from megatron_klong.files import atomic_file
+from megatron_klong.files import HashedFile, atomic_file, checksum
 
 _COPIED_BYTES = 1 << 20
 _MUST_AGREE = {

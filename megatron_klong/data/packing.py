@@ -17,13 +17,22 @@ class PackingError(ValueError):
     """Windows that no row can hold; the message names them and the cure."""
 
 
-def pack_rows(lengths_tokens: Sequence[int], *, row_tokens: int) -> list[Row]:
-    """Rows in the order they were opened, the ones with the longest windows first. Raises PackingError."""
+def padded_length(length_tokens: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-length_tokens // multiple) * multiple
+
+
+def pack_rows(lengths_tokens: Sequence[int], *, row_tokens: int, window_multiple: int = 1) -> list[Row]:
+    """Rows in the order they were opened, the ones with the longest windows first. Raises PackingError.
+
+    window_multiple: each window takes up a multiple of so many tokens.
+    """
+    lengths_tokens = [padded_length(int(length), window_multiple) for length in lengths_tokens]
     _refuse_what_fits_no_row(lengths_tokens, row_tokens)
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted: the tightest fit is one bisection away
     for window in sorted(range(len(lengths_tokens)), key=lambda number: (-lengths_tokens[number], number)):
-        length = int(lengths_tokens[window])
+        length = lengths_tokens[window]
         place = bisect_left(room, (length, 0))
         if place == len(room):
             rows.append([window])

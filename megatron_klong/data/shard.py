@@ -33,17 +33,15 @@ from megatron_klong.data.shard_files import (
     IDX,
     VERSION,
     WINDOWS,
-    HashedFile,
     ShardError,
     check_prefix,
-    checksum,
     publish,
     read_manifest,
     retract,
     shard_file,
 )
 from megatron_klong.data.window_index import ENDS, WindowColumns, read_windows
-from megatron_klong.files import atomic_file
+from megatron_klong.files import HashedFile, atomic_file, checksum
 from megatron_klong.trajectory.context import ContextPolicy, WindowEnd
 from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.segments import RenderedTranscript, is_trained_mode

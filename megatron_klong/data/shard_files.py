@@ -4,14 +4,12 @@ Always: the manifest is written last and removed first, so whatever is killed wh
 none.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_klong.data.indexed import Sink
-from megatron_klong.files import write_atomically
+from megatron_klong.files import checksum, write_atomically
 
 FORMAT = "klong-shard"
 VERSION = 1
@@ -25,33 +23,9 @@ class ShardError(ValueError):
     """A shard that cannot be written or read; the message names the file and the cure."""
 
 
-class HashedFile:
-    """A file being written, and what the manifest will say of it."""
-
-    def __init__(self, file: Sink) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, content: bytes, /) -> int:
-        self._digest.update(content)
-        self._bytes += len(content)
-        return self._file.write(content)
-
-    @property
-    def checksum(self) -> dict[str, Any]:
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-
 def shard_file(prefix: Path, suffix: str) -> Path:
     """The file of a shard with that suffix."""
     return prefix.with_name(prefix.name + suffix)
-
-
-def checksum(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_prefix(prefix: Path, *, overwrite: bool) -> None:

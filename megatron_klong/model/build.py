@@ -8,32 +8,45 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from megatron_klong.model.attention import CausalAttention
-from megatron_klong.model.config import LayoutConfig, ModelConfig
+from megatron_klong.model.config import LayoutConfig, ModelConfig, Precision, Recompute
 from megatron_klong.model.experts import grouped_experts
 from megatron_klong.model.norm import RMSNorm
 from megatron_klong.model.parallel import check_initialized
 
-type Precision = Literal["fp32", "bf16"]
+# What is not kept for the backward pass but computed once more.
+_RECOMPUTED: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 # GPTModel warns at every construction that HybridModel is to follow it; it is used here knowingly.
 logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
 
 
 def build_model(
-    config: ModelConfig, layout: LayoutConfig, *, precision: Precision = "fp32", vp_stage: int | None = None
+    config: ModelConfig,
+    layout: LayoutConfig,
+    *,
+    precision: Precision = "fp32",
+    recompute: Recompute = "none",
+    initialize_weights: bool = True,
+    vp_stage: int | None = None,
 ) -> GPTModel:
-    """Random weights, on this process's device. `parallel.initialize(layout, ...)` comes first.
+    """Random weights, or with `initialize_weights=False` whatever the memory holds, on this process's device.
+
+    `parallel.initialize(layout, ...)` comes first.
 
     The model maps ids and positions [batch, tokens] to logits [batch, tokens, vocab_size / tensor_parallel], or with
     `labels` to cross entropies [batch, tokens]; on another than the last stage to hidden states.
@@ -44,12 +57,22 @@ def build_model(
     layout.check_model(config)
     check_initialized(layout)
     transformer_engine = torch.cuda.is_available() and _has_transformer_engine()
-    transformer_config = _transformer_config(config, layout, precision, transformer_engine=transformer_engine)
+    transformer_config = TransformerConfig(
+        **_architecture(config),
+        **_division(config, layout),
+        **_computation(precision, recompute, transformer_engine=transformer_engine),
+        perform_initialization=initialize_weights,
+    )
     layers = get_gpt_decoder_block_spec(
         transformer_config, use_transformer_engine=transformer_engine, vp_stage=vp_stage
     )
+    next_layers = None
+    if config.num_nextn_predict_layers:
+        next_layers = get_gpt_mtp_block_spec(
+            transformer_config, layers, use_transformer_engine=transformer_engine, vp_stage=vp_stage
+        )
     if not transformer_engine:
-        _use_own_modules(layers)
+        _use_own_modules(layers, next_layers)
     whole = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     model = GPTModel(
         transformer_config,
@@ -62,6 +85,7 @@ def build_model(
         position_embedding_type="rope",
         rotary_percent=config.partial_rotary_factor,
         rotary_base=config.rope_theta,
+        mtp_block_spec=next_layers,
         vp_stage=vp_stage,
     )
     return model.cuda(torch.cuda.current_device())
@@ -75,28 +99,25 @@ def _has_transformer_engine() -> bool:
     return True
 
 
-def _transformer_config(
-    config: ModelConfig, layout: LayoutConfig, precision: Precision, *, transformer_engine: bool
-) -> TransformerConfig:
+def _computation(precision: Precision, recompute: Recompute, *, transformer_engine: bool) -> dict[str, Any]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    return TransformerConfig(
-        **_architecture(config),
-        **_division(config, layout),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision == "bf16",
-        use_cpu_initialization=not torch.cuda.is_available(),
-        transformer_impl="transformer_engine" if transformer_engine else "local",
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": precision == "bf16",
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "transformer_impl": "transformer_engine" if transformer_engine else "local",
         # only Megatron's own choice of modules reads this; ours are grouped anyway
-        moe_grouped_gemm=transformer_engine,
+        "moe_grouped_gemm": transformer_engine,
         # kernels that need a GPU, or another order of summation than the reference's
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        calculate_per_token_loss=True,
-    )
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "calculate_per_token_loss": True,
+        **_RECOMPUTED[recompute],
+    }
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
@@ -132,35 +153,52 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": config.router_bias_update_rate,
         "moe_token_dispatcher_type": "alltoall",
+        "mtp_num_layers": config.num_nextn_predict_layers or None,
+        "mtp_loss_scaling_factor": config.mtp_loss_weight,
     }
 
 
 def _division(config: ModelConfig, layout: LayoutConfig) -> dict[str, Any]:
-    uneven = config.num_hidden_layers % layout.pipeline_parallel != 0
     return {
         "tensor_model_parallel_size": layout.tensor_parallel,
         "sequence_parallel": layout.sequence_parallel,
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-        # 46 layers in 4 stages: 11 + 12 + 12 + 11
-        "account_for_embedding_in_pipeline_split": uneven,
-        "account_for_loss_in_pipeline_split": uneven,
+        "pipeline_model_parallel_layout": _pipeline(config, layout),
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
         "context_parallel_size": layout.context_parallel,
     }
 
 
-def _use_own_modules(layers: Any) -> None:
+def _pipeline(config: ModelConfig, layout: LayoutConfig) -> list[list[str]] | None:
+    """What stands in each stage, as Megatron wants it said."""
+    if layout.pipeline_parallel == 1:
+        return None
+    stages = [["decoder"] * layers for layers in layout.stages(config)]
+    stages[0].insert(0, "embedding")
+    stages[-1] += ["mtp"] * config.num_nextn_predict_layers + ["loss"]
+    return stages
+
+
+def _use_own_modules(layers: Any, next_layers: Any) -> None:
     """Put our norm, core attention and experts into Megatron's specification of its local layers."""
     layers.layer_norm = RMSNorm
     for layer in layers.layer_specs:
+        _use_own_modules_in(layer.submodules)
+    for layer in [] if next_layers is None else next_layers.layer_specs:
         modules = layer.submodules
-        modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
-        attention = modules.self_attention.submodules
-        attention.core_attention = CausalAttention
-        if attention.q_layernorm is not IdentityOp:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-        mlp = modules.mlp.keywords["submodules"]
-        if hasattr(mlp, "experts"):
-            mlp.experts = grouped_experts()
+        modules.enorm = modules.hnorm = modules.layer_norm = RMSNorm
+        _use_own_modules_in(modules.mtp_model_layer.submodules)
+
+
+def _use_own_modules_in(modules: Any) -> None:
+    """modules: those of one transformer layer."""
+    modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
+    attention = modules.self_attention.submodules
+    attention.core_attention = CausalAttention
+    if attention.q_layernorm is not IdentityOp:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = modules.mlp.keywords["submodules"]
+    if hasattr(mlp, "experts"):
+        mlp.experts = grouped_experts()

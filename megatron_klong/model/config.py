@@ -5,12 +5,18 @@ field, so a model that loads is the model that was published (tests/unit/model/t
 """
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_klong.config import Config, ConfigError
+
+type Precision = Literal["fp32", "bf16"]
+"""Of weights and activations."""
+type Recompute = Literal["none", "mlp", "full"]
+"""What the backward pass computes again, and so is not kept: nothing, the layers' MLPs and experts, or all of them."""
 
 # What every model of this architecture here has in common: name in config.json -> the one value that is implemented.
 _FIXED: dict[str, Any] = {
@@ -68,7 +74,10 @@ class ModelConfig(Config):
     max_position_embeddings: int = Field(default=131072, gt=0)
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of random weights."""
-    num_nextn_predict_layers: int = 0
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
+    """Layers for multi-token prediction (MTP) behind the last one: they predict the token after the next one."""
+    mtp_loss_weight: float = Field(default=0.1, ge=0)
+    """Of the cross entropy of such a layer, which is added to the loss; not in config.json."""
     router_bias_update_rate: float = Field(default=1e-3, ge=0)
     """Step of the bias that balances the experts; not in config.json."""
     eos_token_id: tuple[int, ...] = ()
@@ -77,11 +86,6 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.num_nextn_predict_layers:
-            raise ValueError(
-                f"num_nextn_predict_layers {self.num_nextn_predict_layers}: layers that predict further tokens are not "
-                "implemented; use weights without them, and 0"
-            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
@@ -132,7 +136,7 @@ class ModelConfig(Config):
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The content of a config.json, in the form of the published checkpoints; without the `dtype` of weights."""
-        fields = self.model_dump(mode="json", exclude={"router_bias_update_rate"})
+        fields = self.model_dump(mode="json", exclude={"router_bias_update_rate", "mtp_loss_weight"})
         eos = list(self.eos_token_id) or None
         return {"architectures": ["Glm4MoeForCausalLM"], **_FIXED, **fields, "eos_token_id": eos}
 
@@ -166,24 +170,6 @@ def padded(vocabulary_size: int) -> int:
     return -(-vocabulary_size // 64) * 64
 
 
-def tiny(vocab_size: int) -> ModelConfig:
-    """GLM-4.5's architecture at a size for tests and a CPU: about 0.3 million parameters beside the embeddings."""
-    return ModelConfig(
-        vocab_size=padded(vocab_size),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        attention_bias=True,
-        rope_theta=1e6,
-    )
-
-
 class LayoutConfig(Config):
     """How one model is divided among processes; what is left over is data parallel."""
 
@@ -197,25 +183,65 @@ class LayoutConfig(Config):
     """Each expert's matrices in so many parts."""
     context_parallel: int = Field(default=1, gt=0)
     """Each sequence in so many parts."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Layers of each pipeline stage, (11, 12, 12, 11); empty: as even as can be, with embedding, output and a layer for
+    multi-token prediction counted as a layer each."""
 
     @property
     def sequence_parallel(self) -> bool:
         """Megatron needs it for experts under tensor parallelism, and it saves memory at no cost."""
         return self.tensor_parallel > 1
 
+    @property
+    def model_processes(self) -> int:
+        """The fewest processes that hold a whole number of models, and of sets of experts."""
+        return math.lcm(
+            *(math.prod(getattr(self, name) for name in names) for names in (_MODEL_FIELDS, _EXPERT_FIELDS))
+        )
+
+    def stages(self, model: ModelConfig) -> tuple[int, ...]:
+        """Layers of each stage. Raises ConfigError where that cannot be."""
+        stages, layers = self.pipeline_parallel, model.num_hidden_layers
+        if self.layers_per_stage:
+            if len(self.layers_per_stage) != stages or sum(self.layers_per_stage) != layers:
+                raise ConfigError(
+                    f"layers_per_stage {list(self.layers_per_stage)} are not the {layers} layers of the model in "
+                    f"pipeline_parallel {stages} stages; mend it, or leave it out"
+                )
+            found = self.layers_per_stage
+        else:
+            found = _even_stages(layers, stages, last=1 + model.num_nextn_predict_layers)
+        if min(found) < 1:
+            raise ConfigError(
+                f"num_hidden_layers {layers} in pipeline_parallel {stages} stages leaves one without a layer; lower "
+                "pipeline_parallel, or give every stage a layer in layers_per_stage"
+            )
+        return found
+
     def check_world_size(self, processes: int) -> None:
         """Raise ConfigError unless so many processes hold a whole number of models, and of sets of experts."""
-        model = {name: getattr(self, name) for name in ("tensor_parallel", "pipeline_parallel", "context_parallel")}
-        experts = {name: getattr(self, name) for name in _EXPERT_FIELDS}
-        for factors in (model, experts):
-            product = 1
-            for factor in factors.values():
-                product *= factor
+        for names in (_MODEL_FIELDS, _EXPERT_FIELDS):
+            product = math.prod(getattr(self, name) for name in names)
             if processes % product:
-                shown = " * ".join(f"{name} {value}" for name, value in factors.items())
+                shown = " * ".join(f"{name} {getattr(self, name)}" for name in names)
                 raise ConfigError(
                     f"{processes} processes are no multiple of {shown} = {product}; start {product} or a multiple of it"
                 )
+
+    @property
+    def window_multiple(self) -> int:
+        """Context parallelism divides each window of a packed row into so many chunks of one length."""
+        return 2 * self.context_parallel if self.context_parallel > 1 else 1
+
+    def check_row(self, row_tokens: int) -> None:
+        """Raise ConfigError unless a packed row of so many tokens can be divided among the processes."""
+        multiple = self.window_multiple * self.tensor_parallel
+        if row_tokens % multiple:
+            fields = "2 * layout.context_parallel * layout.tensor_parallel"
+            raise ConfigError(
+                f"row_tokens {row_tokens} is no multiple of {fields} = {multiple}, by which rows are divided among "
+                "processes; round it up"
+            )
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError, naming all the pairs of fields, where the model cannot be divided like this."""
@@ -234,14 +260,31 @@ class LayoutConfig(Config):
             for name, value, by in parts
             if value % getattr(self, by)
         ]
-        stages, layers = self.pipeline_parallel, model.num_hidden_layers
-        if layers % stages and (layers + 2) % stages:
-            problems.append(
-                f"num_hidden_layers {layers} (or {layers + 2}, embedding and output counted as layers) is no multiple "
-                f"of pipeline_parallel {stages}; choose a divisor of one of them"
-            )
+        try:
+            self.stages(model)
+        except ConfigError as error:
+            problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
 
 
+_MODEL_FIELDS = ("tensor_parallel", "pipeline_parallel", "context_parallel")
 _EXPERT_FIELDS = ("expert_tensor_parallel", "expert_parallel", "pipeline_parallel")
+
+
+def _even_stages(layers: int, stages: int, *, last: int) -> tuple[int, ...]:
+    """Layers by stage, where the first stage also holds the embedding and the last one work of `last` layers more.
+
+    What is left over goes to later stages, which keep fewer micro-batches in flight, but to the last one last.
+    """
+    if stages == 1:
+        return (layers,)
+    each, over = divmod(layers + 1 + last, stages)
+    more = [*range(stages - 2, -1, -1), stages - 1][:over]
+    found = [each + (stage in more) for stage in range(stages)]
+    found[0] -= 1
+    found[-1] -= last
+    if min(found) >= 1:
+        return tuple(found)
+    each, over = divmod(layers, stages)
+    return tuple(each + (stage < over) for stage in range(stages))

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _FACTORIES = [
 ]
 
 _installed = False
+_device = _CPU  # what Megatron is told
 
 
 def install() -> None:
@@ -67,7 +68,18 @@ def _expected_warnings() -> None:
 
 def _current_device() -> None:
     """Router, collectives and pipeline pass `device=torch.cuda.current_device()`."""
-    _replace(torch.cuda, "current_device", lambda: _CPU)
+    _replace(torch.cuda, "current_device", lambda: _device)
+
+
+@contextlib.contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """What Megatron takes for the current device meanwhile: `meta`, to build a model without its memory."""
+    global _device
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
 
 
 def _factories() -> None:

@@ -9,26 +9,34 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
 import json
-import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed
 
-from megatron_klong.files import sync_directory, write_atomically
+from megatron_klong.files import write_atomically
 from megatron_klong.model.config import ModelConfig
-from megatron_klong.model.weight_map import Parts, Weight, weights
+from megatron_klong.model.tensor_files import (
+    INDEX,
+    check_names,
+    check_shape,
+    find_tensors,
+    put_in_place,
+    read_tensor,
+)
+from megatron_klong.model.weight_map import Parts, Weight, WeightsError, has_copies, weights
 from megatron_klong.trajectory.tokenizer import Tokenizer
 
+__all__ = ["WeightsError", "load_hugging_face", "local_weights", "save_hugging_face", "save_tokenizer", "share_of"]
+
 MAX_FILE_BYTES = 5 * 10**9
-_INDEX = "model.safetensors.index.json"
+_NEXT_LAYER = "mtp.layers.0.mtp_model_layer."
 
 # Transformer Engine keeps these norms inside the linear layer that follows them.
 _FUSED_NORMS = {
@@ -37,12 +45,8 @@ _FUSED_NORMS = {
 }
 
 
-class WeightsError(ValueError):
-    """Weights that do not fit the model; the message names the folder and the tensor."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Share:
+class Share:
     """What a process announces of a parameter it holds: which part, of how many, and how it looks."""
 
     part: int
@@ -55,15 +59,17 @@ class _Share:
 def load_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) -> None:
     """Fill the parameters of this process. Each process reads by itself. Raises WeightsError; then load again."""
     folder = Path(folder)
-    files = _tensor_files(folder)
-    mapping = weights(config)
-    _check_names(folder, files.keys(), {name for weight in mapping.values() for name in weight.tensors})
-    for parameter, tensor in _local(model, config):
+    places = find_tensors(folder)
+    mapping = weights(config, copies=has_copies(places, config))
+    check_names(folder, places, {name for weight in mapping.values() for name in weight.tensors})
+    for parameter, tensor in local_weights(model, config):
         weight = mapping[parameter]
-        share = _share(weight, tensor)
+        share = share_of(weight, tensor)
         expected = weight.operator.part(_joint_like(weight, tensor.to("meta"), share, config), config)
-        parts = [_read(files[name], name, like.shape) for name, like in zip(weight.tensors, expected, strict=True)]
-        joint = weight.operator.join(parts, config)
+        for name, like in zip(weight.tensors, expected, strict=True):
+            check_shape(places[name], like.shape)
+        parts = [read_tensor(places[name]) for name in weight.tensors]
+        joint = weight.join(parts, config)
         own = joint if share.parts == 1 else joint.chunk(share.parts, _axis(weight))[share.part]
         tensor.copy_(own.reshape(tensor.shape))
 
@@ -75,10 +81,10 @@ def save_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) 
     Tensors keep the model's precision (the bias of the experts is fp32). Returns when the folder is there.
     """
     folder = Path(folder)
-    local = dict(_local(model, config))
+    local = dict(local_weights(model, config))
     mapping = weights(config)
-    announced: list[dict[str, _Share]] = [{} for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(announced, {name: _share(mapping[name], local[name]) for name in local})
+    announced: list[dict[str, Share]] = [{} for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(announced, {name: share_of(mapping[name], local[name]) for name in local})
     plan = _plan_files(mapping, announced)
     temporary = folder.with_name(f".{folder.name}.tmp")
     if writer := distributed.get_rank() == 0:
@@ -99,10 +105,10 @@ def save_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) 
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if writer:
         if len(plan) > 1:
-            _write_json(temporary / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": index})
+            _write_json(temporary / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": index})
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         _write_json(temporary / "config.json", {**config.to_hugging_face(), "dtype": dtype})
-        _put_in_place(temporary, folder)
+        put_in_place(temporary, folder)
     distributed.barrier()
 
 
@@ -136,7 +142,7 @@ def _with_control_tokens(content: bytes, control: Mapping[str, int]) -> bytes:
     return json.dumps(definition, ensure_ascii=False, indent=2).encode()
 
 
-def _local(model: GPTModel, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def local_weights(model: GPTModel, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """This process's parameters, and the router's bias, under names that count over the whole model."""
     experts = config.n_routed_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = experts * parallel_state.get_expert_model_parallel_rank()
@@ -145,15 +151,23 @@ def _local(model: GPTModel, config: ModelConfig) -> Iterator[tuple[str, torch.Te
     for name, tensor in (*model.named_parameters(), *buffers):
         if name.startswith("decoder.layers."):
             _, _, number, inner = name.split(".", 3)
-            inner = _FUSED_NORMS.get(inner, inner)
-            head, is_expert, expert = inner.rpartition(".weight")
-            if is_expert and expert:  # weight0, weight1, ... of the experts
-                inner = f"{head}.weight{first_expert + int(expert)}"
-            name = f"decoder.layers.{layers[int(number)]}.{inner}"
+            name = f"decoder.layers.{layers[int(number)]}.{_renamed(inner, first_expert)}"
+        elif name.startswith(_NEXT_LAYER):
+            name = _NEXT_LAYER + _renamed(name.removeprefix(_NEXT_LAYER), first_expert)
         yield name, tensor.data
 
 
-def _share(weight: Weight, tensor: torch.Tensor) -> _Share:
+def _renamed(inner: str, first_expert: int) -> str:
+    """A name within a layer, as local layers have it, with the experts counted over the whole model."""
+    inner = _FUSED_NORMS.get(inner, inner)
+    head, is_expert, expert = inner.rpartition(".weight")
+    if is_expert and expert:  # weight0, weight1, ... of the experts
+        return f"{head}.weight{first_expert + int(expert)}"
+    return inner
+
+
+def share_of(weight: Weight, tensor: torch.Tensor) -> Share:
+    """Which part of a weight this process's tensor is."""
     rank, size = 0, 1
     if weight.operator.axis is not None:
         rank = parallel_state.get_tensor_model_parallel_rank()
@@ -161,57 +175,19 @@ def _share(weight: Weight, tensor: torch.Tensor) -> _Share:
         if weight.expert:
             rank = parallel_state.get_expert_tensor_parallel_rank()
             size = parallel_state.get_expert_tensor_parallel_world_size()
-    return _Share(part=rank, parts=size, shape=tensor.shape, dtype=tensor.dtype)
+    return Share(part=rank, parts=size, shape=tensor.shape, dtype=tensor.dtype)
 
 
 def _axis(weight: Weight) -> int:
     return weight.operator.axis or 0
 
 
-def _joint_like(weight: Weight, tensor: torch.Tensor, share: _Share, config: ModelConfig) -> torch.Tensor:
+def _joint_like(weight: Weight, tensor: torch.Tensor, share: Share, config: ModelConfig) -> torch.Tensor:
     """The joint tensor as if every process's share were this one: right in everything but its values."""
     return torch.cat([weight.operator.unflatten(tensor, config)] * share.parts, dim=_axis(weight))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor, from the files themselves."""
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{file}: not readable ({error}); fetch it again") from error
-        for name in names:
-            if name in files:
-                raise WeightsError(f"{folder}: {name} is in {files[name].name} and in {file.name}; remove one")
-            files[name] = file
-    if not files:
-        raise WeightsError(f"{folder}: no *.safetensors there; give a folder of weights in Hugging Face format")
-    return files
-
-
-def _check_names(folder: Path, found: Collection[str], expected: set[str]) -> None:
-    names = set(found)
-    for what, wrong in (("missing", expected - names), ("not of this model", names - expected)):
-        if wrong:
-            shown = ", ".join(sorted(wrong)[:8]) + (", ..." if len(wrong) > 8 else "")
-            raise WeightsError(
-                f"{folder}: {len(wrong)} tensors {what}: {shown}; check that config.json belongs to them"
-            )
-
-
-def _read(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    if tensor.shape != shape:
-        raise WeightsError(
-            f"{file}: {name} has shape {list(tensor.shape)}, the model needs {list(shape)}; check config.json"
-        )
-    return tensor
-
-
-def _plan_files(mapping: dict[str, Weight], announced: list[dict[str, _Share]]) -> list[list[Weight]]:
+def _plan_files(mapping: dict[str, Weight], announced: list[dict[str, Share]]) -> list[list[Weight]]:
     """Weights by file, no file above MAX_FILE_BYTES unless one weight is."""
     owned = {name: share for shares in announced for name, share in shares.items()}
     if wrong := mapping.keys() ^ owned.keys():
@@ -229,7 +205,7 @@ def _plan_files(mapping: dict[str, Weight], announced: list[dict[str, _Share]]) 
     return plan
 
 
-def _collect(weight: Weight, announced: list[dict[str, _Share]], local: torch.Tensor | None) -> Parts:
+def _collect(weight: Weight, announced: list[dict[str, Share]], local: torch.Tensor | None) -> Parts:
     """On rank 0 the shares of a weight in order, each from the first process that holds it; elsewhere nothing."""
     rank = distributed.get_rank()
     owners: dict[int, int] = {}
@@ -264,18 +240,3 @@ def _to_file(weight: Weight, shares: Parts, config: ModelConfig) -> dict[str, to
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Flush to disk, then rename; between the two renames there is no folder rather than half of one."""
-    for file in temporary.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    sync_directory(temporary)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    sync_directory(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -33,12 +33,18 @@ def initialize(layout: LayoutConfig, *, seed: int, backend: str | None = None) -
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     _join(backend or ("nccl" if torch.cuda.is_available() else "gloo"))
+    initialize_groups(layout, seed=seed)
+
+
+def initialize_groups(layout: LayoutConfig, *, seed: int, gloo: bool = True) -> None:
+    """Megatron's groups and random states, once torch.distributed is there. gloo: also groups for work on the host."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         context_parallel_size=layout.context_parallel,
+        create_gloo_process_groups=gloo,
     )
     stage_seed = seed + _SEED_DISTANCE * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
@@ -57,6 +63,7 @@ def check_initialized(layout: LayoutConfig) -> None:
     if not parallel_state.model_parallel_is_initialized():
         raise ConfigError("there are no process groups; call initialize(layout, seed=...) first")
     found = LayoutConfig(
+        layers_per_stage=layout.layers_per_stage,  # says nothing about processes
         tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_parallel=parallel_state.get_pipeline_model_parallel_world_size(),
         expert_parallel=parallel_state.get_expert_model_parallel_world_size(),

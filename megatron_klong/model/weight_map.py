@@ -1,20 +1,26 @@
 """Which tensors of a Hugging Face checkpoint make up which parameter of the model, declared once as a table.
 
 Each rule joins tensors of the file into one parameter with a small operator that can be undone: nothing (plain), gate
-and up projection one above the other (glu), or queries, keys and values interleaved by group (qkv). Names of the file
-are those of the published GLM-4.5 checkpoints, with one tensor per expert.
+and up projection one above the other (glu), queries, keys and values interleaved by group (qkv), or several copies of
+one tensor (copies). Names of the file are those of the published GLM-4.5 checkpoints, with one tensor per expert. Their
+layer for multi-token prediction follows the last ordinary one by number and, in GLM-4.5 but not in GLM-4.6, brings
+copies of the embedding and of the output layer.
 
 Names of parameters here count layers and experts over the whole model, whatever this process holds of it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_klong.model.config import ModelConfig
 
 type Parts = Sequence[torch.Tensor]
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit the model; the message names the folder and the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +69,11 @@ def _part_qkv(joint: torch.Tensor, config: ModelConfig) -> Parts:
     return [part.flatten(0, 1) for part in torch.split(joint, sizes, dim=1)]
 
 
+def _copies(number: int) -> Operator:
+    """Several tensors of the file that are one parameter, divided by rows; `Weight.join` sees to it that they agree."""
+    return replace(_plain(0), part=lambda joint, config: [joint] * number)
+
+
 COPIED = _plain(None)
 ROWS = _plain(0)
 COLUMNS = _plain(1)
@@ -82,10 +93,11 @@ QKV = Operator(
 
 type Table = dict[str, tuple[Operator, tuple[str, ...]]]  # parameter -> tensors
 
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _ONCE: Table = {
-    "embedding.word_embeddings.weight": (ROWS, ("model.embed_tokens.weight",)),
+    _EMBEDDING: (ROWS, ("model.embed_tokens.weight",)),
     "decoder.final_layernorm.weight": (COPIED, ("model.norm.weight",)),
-    "output_layer.weight": (ROWS, ("lm_head.weight",)),
+    _OUTPUT: (ROWS, ("lm_head.weight",)),
 }
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _EVERY_LAYER: Table = {
@@ -117,6 +129,14 @@ _ONE_EXPERT: Table = {
     ),
     "mlp.experts.linear_fc2.weight{expert}": (COLUMNS, ("mlp.experts.{expert}.down_proj.weight",)),
 }
+# Around the layer that predicts the token after the next one; its copies of the embedding and the output layer.
+_NEXT: Table = {
+    "enorm.weight": (COPIED, ("enorm.weight",)),
+    "hnorm.weight": (COPIED, ("hnorm.weight",)),
+    "eh_proj.weight": (ROWS, ("eh_proj.weight",)),
+    "final_layernorm.weight": (COPIED, ("shared_head.norm.weight",)),
+}
+_NEXT_COPIES = {_EMBEDDING: "embed_tokens.weight", _OUTPUT: "shared_head.head.weight"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,19 +148,57 @@ class Weight:
     operator: Operator
     expert: bool = False
 
+    def join(self, parts: Parts, config: ModelConfig) -> torch.Tensor:
+        """What `operator.join` makes of the tensors. Raises WeightsError for copies that differ."""
+        if self.parameter in _NEXT_COPIES:
+            for name, part in zip(self.tensors[1:], parts[1:], strict=True):
+                if not torch.equal(part, parts[0]):
+                    raise WeightsError(
+                        f"{name} differs from {self.tensors[0]}: a layer for multi-token prediction with tensors of "
+                        "its own there is not implemented; use the weights without that layer"
+                    )
+        return self.operator.join(parts, config)
 
-def weights(config: ModelConfig) -> dict[str, Weight]:
-    """Every parameter of the model by its name, in the order of the file."""
-    found = list(_filled(_ONCE))
-    for layer in range(config.num_hidden_layers):
-        prefixes = (f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-        dense = layer < config.first_k_dense_replace
-        tables = [_EVERY_LAYER, _DENSE if dense else _MIXTURE]
-        tables += [_ATTENTION_BIAS] * config.attention_bias + [_QK_NORM] * config.use_qk_norm
-        for table in tables:
-            found += _filled(table, prefixes)
-        for expert in range(0 if dense else config.n_routed_experts):
-            found += _filled(_ONE_EXPERT, prefixes, expert)
+
+def weights(config: ModelConfig, *, copies: bool = True) -> dict[str, Weight]:
+    """Every parameter of the model by its name, in the order of the file.
+
+    copies: whether the file has the copies of a layer for multi-token prediction; see `has_copies`.
+    """
+    found = {weight.parameter: weight for weight in _filled(_ONCE)}
+    ordinary = range(config.num_hidden_layers)
+    for layer in ordinary:
+        found |= _layer(config, layer, f"decoder.layers.{layer}.")
+    for number in range(config.num_nextn_predict_layers):
+        layer = len(ordinary) + number
+        prefix = f"mtp.layers.{number}."
+        found |= {weight.parameter: weight for weight in _filled(_NEXT, (prefix, f"model.layers.{layer}."))}
+        found |= _layer(config, layer, f"{prefix}mtp_model_layer.")
+    if copies and config.num_nextn_predict_layers:
+        for parameter in _NEXT_COPIES:
+            tensors = (*found[parameter].tensors, *_copies_of(parameter, config))
+            found[parameter] = replace(found[parameter], tensors=tensors, operator=_copies(len(tensors)))
+    return found
+
+
+def has_copies(names: Collection[str], config: ModelConfig) -> bool:
+    """Whether a file with these tensors has the copies."""
+    return any(name in names for parameter in _NEXT_COPIES for name in _copies_of(parameter, config))
+
+
+def _copies_of(parameter: str, config: ModelConfig) -> list[str]:
+    first, number = config.num_hidden_layers, config.num_nextn_predict_layers
+    return [f"model.layers.{layer}.{_NEXT_COPIES[parameter]}" for layer in range(first, first + number)]
+
+
+def _layer(config: ModelConfig, layer: int, prefix: str) -> dict[str, Weight]:
+    prefixes = (prefix, f"model.layers.{layer}.")
+    dense = layer < config.first_k_dense_replace
+    tables = [_EVERY_LAYER, _DENSE if dense else _MIXTURE]
+    tables += [_ATTENTION_BIAS] * config.attention_bias + [_QK_NORM] * config.use_qk_norm
+    found = [weight for table in tables for weight in _filled(table, prefixes)]
+    for expert in range(0 if dense else config.n_routed_experts):
+        found += _filled(_ONE_EXPERT, prefixes, expert)
     return {weight.parameter: weight for weight in found}
 
 

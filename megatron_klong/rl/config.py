@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.ending import Ending
 from megatron_klong.config import Config, Duration
-from megatron_klong.model.config import LayoutConfig
+from megatron_klong.model.config import LayoutConfig, Precision, Recompute
 from megatron_klong.serve.config import EngineConfig
 from megatron_klong.train.config import OptimizerConfig
 
@@ -116,8 +116,10 @@ class TrainerConfig(Config):
     """How many, over all nodes."""
     layout: LayoutConfig = LayoutConfig()
     """How the model is divided among processes; what is left over is data parallel."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of weights and activations; gradients and Adam's state are fp32."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again, to save memory: "mlp" (the MLPs and experts) or "full" (all layers)."""
     row_tokens: int = Field(default=131072, gt=0)
     """Length of a packed row; the longest window must fit."""
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
@@ -129,14 +131,7 @@ class TrainerConfig(Config):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.layout.context_parallel > 1:
-            raise ValueError("layout.context_parallel is not implemented for packed rows; set it to 1")
-        if self.row_tokens % self.layout.tensor_parallel:
-            raise ValueError(
-                f"row_tokens {self.row_tokens} is no multiple of layout.tensor_parallel "
-                f"{self.layout.tensor_parallel}, which divides rows among processes; round it up"
-            )
-        self.layout.check_world_size(self.processes)
+        self.layout.check_row(self.row_tokens)
         return self
 
 

@@ -26,11 +26,11 @@ type LogProbs = Mapping[int, NDArray[np.float32]]  # segment of the document -> 
 class ExperienceRows:
     """The windows of one iteration, as rows for each of its updates."""
 
-    def __init__(self, bank: Path, folder: Path, *, row_tokens: int) -> None:
+    def __init__(self, bank: Path, folder: Path, *, row_tokens: int, window_multiple: int = 1) -> None:
         """`folder`: where `prepare` wrote. Raises ShardError, BankError."""
         self.lesson: Lesson = read_lesson(folder)
         self._shard = Shard(folder / SHARD)
-        self._row_tokens = row_tokens
+        self._row = {"row_tokens": row_tokens, "window_multiple": window_multiple}
         self._documents: NDArray[np.int64] = self._shard.column("document")
         parts = [self._shard.column(f"{part}_tokens") for part in ("prefix", "overlap", "new")]
         self._lengths: NDArray[np.int64] = np.sum(parts, axis=0)
@@ -46,23 +46,21 @@ class ExperienceRows:
         """What process `part` of `parts` trains on in an update; a batch a row. Raises PackingError."""
         taught = {document.document: document for document in update.documents}
         windows = [number for number, document in enumerate(self._documents) if int(document) in taught]
-        packed = pack_rows([int(self._lengths[number]) for number in windows], row_tokens=self._row_tokens)
+        packed = pack_rows([int(self._lengths[number]) for number in windows], **self._row)
         rows: list[Row] = [tuple(windows[place] for place in row) for row in packed]
         rows += [()] * (-len(rows) % parts)
         return [self._batch(row, taught) for row in rows[part::parts]]
 
     def _batch(self, row: Row, taught: Mapping[int, Taught]) -> PackedBatch:
-        batch = pack(self._shard, row, row_tokens=self._row_tokens)
-        advantages, weights, log_probs = (torch.zeros(1, self._row_tokens) for _ in range(3))
-        start = 0
-        for number in row:
+        batch = pack(self._shard, row, **self._row)
+        advantages, weights, log_probs = (torch.zeros(batch.ids.shape) for _ in range(3))
+        for number, start in zip(row, batch.cu_seqlens.tolist(), strict=False):
             document = taught[int(self._documents[number])]
             values = torch.from_numpy(self._window_log_probs(number, document.document))
             labels = slice(start, start + len(values) - 1)  # position t predicts token t + 1
             log_probs[0, labels] = values[1:]
             advantages[0, labels] = document.advantage
             weights[0, labels] = document.weight
-            start += len(values)
         return replace(batch, advantages=advantages, token_weights=weights, rollout_log_probs=log_probs)
 
     def _window_log_probs(self, number: int, document: int) -> NDArray[np.float32]:

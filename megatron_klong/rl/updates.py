@@ -26,7 +26,7 @@ from megatron_klong.train.export import export
 from megatron_klong.train.loop import figures
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
-from megatron_klong.train.step import train_step
+from megatron_klong.train.step import parts_of_this_process, train_step
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 
 _DATA = "bank"  # which rows are in the weights is said by the bank's markers, not by a position in a checkpoint
@@ -36,7 +36,12 @@ def train_iteration(config: RlConfig, iteration_folder: Path) -> None:
     """All updates of the iteration, and the checkpoint behind them. Raises CheckpointError, TrainingDiverged."""
     initialize(config.trainer.layout, seed=config.seed)
     folder = RunFolder(config.folder)
-    rows = ExperienceRows(folder.bank, iteration_folder, row_tokens=config.trainer.row_tokens)
+    rows = ExperienceRows(
+        folder.bank,
+        iteration_folder,
+        row_tokens=config.trainer.row_tokens,
+        window_multiple=config.trainer.layout.window_multiple,
+    )
     trainee = load_trainee(config, folder, rows)
     with tempered(trainee.training.model, config.stage(rows.lesson.iteration.stage).temperature):
         updates = [with_old_log_probs(trainee.training, batches) for batches in shares(rows)]
@@ -71,8 +76,10 @@ def load_trainee(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> T
     found, _ = folder.latest_checkpoint()
     if (found.progress.step if found else 0) != step:
         raise CheckpointError(f"{folder.checkpoints}: no checkpoint of step {step}, which the lesson begins with")
-    model_config = ModelConfig.from_hugging_face(config.weights)
-    model = build_model(model_config, config.trainer.layout, precision=config.trainer.precision)
+    # the policy loss is that of the next token; a layer that predicts the one after it stays as it is
+    model_config = ModelConfig.from_hugging_face(config.weights).model_copy(update={"mtp_loss_weight": 0.0})
+    trainer = config.trainer
+    model = build_model(model_config, trainer.layout, precision=trainer.precision, recompute=trainer.recompute)
     if found is None:
         load_hugging_face(model, model_config, Path(config.weights))
     rate = config.stage(rows.lesson.iteration.stage).learning_rate
@@ -93,7 +100,7 @@ def load_trainee(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> T
 def shares(rows: ExperienceRows) -> list[list[PackedBatch]]:
     """What this process trains on, by update."""
     part, parts = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return [rows.batches(update, part=part, parts=parts) for update in rows.lesson.updates]
+    return [parts_of_this_process(rows.batches(update, part=part, parts=parts)) for update in rows.lesson.updates]
 
 
 def open_log(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> RunLog:

@@ -6,7 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_klong.config import Config
-from megatron_klong.model.config import LayoutConfig
+from megatron_klong.model.config import LayoutConfig, Precision, Recompute
+from megatron_klong.model.presets import PresetName
 
 
 class OptimizerConfig(Config):
@@ -46,14 +47,20 @@ class SftConfig(Config):
     """Everything the run writes. A run found there is continued."""
     hugging_face_init: str | None = None
     """Folder of the weights to start from, in Hugging Face format. Without it: `preset`, from random weights."""
-    preset: Literal["tiny"] = "tiny"
+    megatron_init: str | None = None
+    """Instead: a checkpoint in Megatron's format, imported or of a run, or the checkpoints folder of one."""
+    preset: PresetName = "tiny"
     """The shape of a model that starts from random weights."""
     shape: str | None = None
     """Another shape for it: a config.json in Hugging Face format. Its vocabulary is the shards'."""
     layout: LayoutConfig = LayoutConfig()
     """How the model is divided among processes; what is left over is data parallel."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of weights and activations; gradients and Adam's state are fp32."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again, to save memory: "mlp" (the MLPs and experts) or "full" (all layers)."""
+    mtp_loss_weight: float = Field(default=0.1, ge=0)
+    """Of the loss of a layer for multi-token prediction, where the model has one."""
     steps: int = Field(gt=0)
     """Updates of the weights, those before a resume included."""
     global_batch_rows: int = Field(default=8, gt=0)
@@ -84,11 +91,7 @@ class SftConfig(Config):
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of {self.steps} steps; lower it"
             )
-        if self.layout.context_parallel > 1:
-            raise ValueError("layout.context_parallel is not implemented for packed rows; set it to 1")
-        if self.row_tokens % self.layout.tensor_parallel:
-            raise ValueError(
-                f"row_tokens {self.row_tokens} is no multiple of layout.tensor_parallel "
-                f"{self.layout.tensor_parallel}, which divides rows among processes; round it up"
-            )
+        if self.hugging_face_init and self.megatron_init:
+            raise ValueError("hugging_face_init and megatron_init are both given; drop the one that is not to be used")
+        self.layout.check_row(self.row_tokens)
         return self

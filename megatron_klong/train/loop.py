@@ -19,8 +19,10 @@ from tqdm import tqdm
 from megatron_klong.config import write_resolved
 from megatron_klong.data.batch import PackedBatch
 from megatron_klong.model.build import build_model
+from megatron_klong.model.checkpoint_folder import find_checkpoint
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.hugging_face import load_hugging_face
+from megatron_klong.model.load_megatron import load_megatron
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.train import checkpoint
 from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Setting
@@ -30,7 +32,7 @@ from megatron_klong.train.loss import cross_entropy
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
 from megatron_klong.train.rows import TrainingRows
-from megatron_klong.train.step import StepResult, train_step
+from megatron_klong.train.step import StepResult, parts_of_this_process, train_step
 
 EXPORT, INITIAL_EXPORT = "hugging_face", "initial_hugging_face"
 
@@ -82,9 +84,11 @@ def start(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> R
     """Build the model, fill it, make it trainable."""
     if distributed.get_rank() == 0:
         write_resolved(config, Path(config.run_folder) / "config.toml")
-    model = build_model(model_config, config.layout, precision=config.precision)
+    model = build_model(model_config, config.layout, precision=config.precision, recompute=config.recompute)
     if config.hugging_face_init:
         load_hugging_face(model, model_config, Path(config.hugging_face_init))
+    if config.megatron_init:
+        load_megatron(model, model_config, find_checkpoint(Path(config.megatron_init)).folder)
     training = make_trainable(model, config.optimizer, steps=config.steps)
     return Run(config=config, rows=rows, model_config=model_config, training=training)
 
@@ -124,7 +128,9 @@ def save(run: Run, progress: Progress) -> None:
 def next_batches(run: Run, progress: Progress) -> list[PackedBatch]:
     """This process's share of the global batch."""
     part, parts = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return run.rows.batches(progress.data_position, run.config.global_batch_rows, part=part, parts=parts)
+    return parts_of_this_process(
+        run.rows.batches(progress.data_position, run.config.global_batch_rows, part=part, parts=parts)
+    )
 
 
 def advance(run: Run, progress: Progress) -> Progress:

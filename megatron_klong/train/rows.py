@@ -90,11 +90,12 @@ def _tokenizer(file: Path) -> Tokenizer | None:
 class TrainingRows:
     """The packed rows of a run and their order."""
 
-    def __init__(self, shards: Shards, *, row_tokens: int, seed: int) -> None:
+    def __init__(self, shards: Shards, *, row_tokens: int, seed: int, window_multiple: int = 1) -> None:
         """Raises PackingError for a window that is longer than a row."""
         self.shards = shards
         self.row_tokens = row_tokens
-        self.rows: list[Row] = pack_rows(shards.lengths_tokens, row_tokens=row_tokens)
+        self._window_multiple = window_multiple
+        self.rows: list[Row] = pack_rows(shards.lengths_tokens, row_tokens=row_tokens, window_multiple=window_multiple)
         self._seed = seed
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -102,7 +103,7 @@ class TrainingRows:
     @property
     def fingerprint(self) -> str:
         """Two runs with the same one see the same rows in the same order."""
-        parts = (self.shards.fingerprint, self.row_tokens, self._seed)
+        parts = (self.shards.fingerprint, self.row_tokens, self._seed, self.rows)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def row_at(self, position: int) -> Row:
@@ -120,4 +121,12 @@ class TrainingRows:
             raise ValueError(f"{rows} rows cannot be shared by {parts} data-parallel processes")
         share = rows // parts
         mine = range(position + part * share, position + (part + 1) * share)
-        return [pack(self.shards, self.row_at(number), row_tokens=self.row_tokens) for number in mine]
+        return [
+            pack(
+                self.shards,
+                self.row_at(number),
+                row_tokens=self.row_tokens,
+                window_multiple=self._window_multiple,
+            )
+            for number in mine
+        ]

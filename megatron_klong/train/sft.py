@@ -13,12 +13,15 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_klong.config import ConfigError, parse_command_line
 from megatron_klong.data.indexed import IndexedError
 from megatron_klong.data.packing import PackingError
 from megatron_klong.data.shard import ShardError
-from megatron_klong.model.config import ModelConfig, tiny
+from megatron_klong.model.checkpoint_folder import find_checkpoint
+from megatron_klong.model.config import ModelConfig
+from megatron_klong.model.presets import preset
 from megatron_klong.processes import end_with_launcher
 from megatron_klong.train.checkpoint import CheckpointError, latest
 from megatron_klong.train.config import SftConfig
@@ -49,7 +52,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def read_rows(config: SftConfig) -> TrainingRows:
     """Open the shards and pack their windows."""
-    return TrainingRows(Shards(config.shards), row_tokens=config.row_tokens, seed=config.seed)
+    return TrainingRows(
+        Shards(config.shards),
+        row_tokens=config.row_tokens,
+        seed=config.seed,
+        window_multiple=config.layout.window_multiple,
+    )
 
 
 def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> int:
@@ -91,22 +99,24 @@ def check_processes(config: SftConfig) -> None:
 
 
 def read_model_config(config: SftConfig, rows: TrainingRows) -> ModelConfig:
-    """The model to train. Raises ConfigError if it does not know the shards' ids, or cannot be divided."""
+    """The model to train. Raises CheckpointError; ConfigError if it lacks ids of the shards or cannot be divided."""
     vocabulary_size = rows.shards.vocabulary_size
-    folder = config.hugging_face_init
-    if folder:
-        model = ModelConfig.from_hugging_face(folder)
+    folder = config.hugging_face_init or config.megatron_init
+    if config.hugging_face_init:
+        model = ModelConfig.from_hugging_face(config.hugging_face_init)
+    elif config.megatron_init:
+        model = find_checkpoint(Path(config.megatron_init)).model
     elif config.shape:
         model = ModelConfig.from_hugging_face(config.shape).with_vocabulary(vocabulary_size)
     else:
-        model = tiny(vocabulary_size)
+        model = preset(config.preset).with_vocabulary(vocabulary_size)
     if model.vocab_size < vocabulary_size:
         raise ConfigError(
             f"{folder}: vocab_size {model.vocab_size}, but the shards' tokenizer has {vocabulary_size} ids; preprocess "
             "with the tokenizer of these weights"
         )
     config.layout.check_model(model)
-    return model
+    return model.model_copy(update={"mtp_loss_weight": config.mtp_loss_weight})
 
 
 def plan(config: SftConfig, rows: TrainingRows) -> str:
@@ -123,7 +133,7 @@ def plan(config: SftConfig, rows: TrainingRows) -> str:
         f"processes: {processes()}, of them {data_parallel(config)} data parallel with {share} rows a step each",
         f"steps: {config.steps:,} of {config.global_batch_rows} rows, "
         f"{config.steps * config.global_batch_rows / len(rows.rows):.2f} epochs",
-        f"start: {found.folder if found else config.hugging_face_init or random}",
+        f"start: {found.folder if found else config.hugging_face_init or config.megatron_init or random}",
         *(f"passed over: {reason}" for reason in passed_over),
     ]
     return "\n".join(f"# {line}" for line in lines)

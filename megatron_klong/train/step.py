@@ -1,7 +1,8 @@
 """One train step, for SFT and RL alike: forward and backward by Megatron's schedule, then one update.
 
-Each batch is one micro-batch of packed rows; processes of one data-parallel rank pass the same batches, each rank
-its share of the global batch. The loss function decides what the gradient is, nothing else differs.
+Each batch is one micro-batch of packed rows; processes of one data-parallel rank pass the same batches (under context
+parallelism each its part of them, see `parts_of_this_process`), each rank its share of the global batch. The loss
+function decides what the gradient is, nothing else differs.
 
 Always (tests/integration/train/test_sft.py): the loss is the sum over the trained tokens of the global batch divided
 by their number, and so is its gradient, however rows are packed and shared out.
@@ -24,6 +25,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_klong.data.batch import PackedBatch
+from megatron_klong.model.context_parallel import held_positions
 from megatron_klong.train.loss import LossFunction, LossInput
 from megatron_klong.train.optimizer import Training
 
@@ -84,18 +86,26 @@ def forward_backward(
     """Run the schedule; gradients end up reduced and scaled. Sums a micro-batch on the last stage, else nothing."""
     if not batches:
         raise ValueError("a process got no rows; give every data-parallel process the same number")
-    rows, tokens = batches[0].ids.shape
     sums: list[Sums] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, loss_function),
         data_iterator=iter(batches),
         model=[training.wrapped],
         num_microbatches=len(batches),
         # packed rows are laid end to end: to the schedule, a batch of one
-        seq_length=rows * tokens,
+        seq_length=int(batches[0].cu_seqlens[-1]),
         micro_batch_size=1,
         forward_only=forward_only,
     )
     return sums
+
+
+def parts_of_this_process(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+    """Under context parallelism a process holds a part of each window of its rows, else all of it."""
+    size: int = parallel_state.get_context_parallel_world_size()
+    rank: int = parallel_state.get_context_parallel_rank()
+    if size == 1:
+        return list(batches)
+    return [batch.part(held_positions(batch.cu_seqlens.diff().tolist(), rank=rank, size=size)) for batch in batches]
 
 
 def _forward_step(loss_function: LossFunction, batches: Iterator[PackedBatch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -107,6 +117,7 @@ def _forward_step(loss_function: LossFunction, batches: Iterator[PackedBatch], m
         flat(batch.positions),
         None,
         labels=flat(batch.labels),
+        loss_mask=flat(batch.loss_mask),  # for multi-token prediction; the loss itself is the loss function's
         packed_seq_params=_packed(batch),
         padding_mask=_padding_of_this_stage(flat(batch.padding_mask), model),
     )
@@ -156,7 +167,8 @@ def _global_means(sums: Sequence[Sums], device: torch.device) -> dict[str, float
     if parallel_state.is_pipeline_last_stage():
         names = list(sums[0])
         total = torch.stack([torch.stack([part[name] for name in names]) for part in sums]).sum(0).to(device)
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
     values: list[Any] = [dict(zip(names, total.tolist(), strict=True))]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()

@@ -119,7 +119,8 @@ def test_bf16_weights_go_through_bit_for_bit_with_the_bias_in_fp32(reference: Pa
 SAVE_FOREVER = """
 import sys
 from megatron_klong.model.build import build_model
-from megatron_klong.model.config import LayoutConfig, tiny
+from megatron_klong.model.config import LayoutConfig
+from megatron_klong.model.presets import tiny
 from megatron_klong.model.hugging_face import save_hugging_face
 from megatron_klong.model.parallel import initialize
 initialize(LayoutConfig(), seed=1)

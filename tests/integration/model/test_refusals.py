@@ -7,8 +7,9 @@ import torch
 
 from megatron_klong.config import ConfigError
 from megatron_klong.model.build import build_model
-from megatron_klong.model.config import LayoutConfig, tiny
+from megatron_klong.model.config import LayoutConfig
 from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.model.presets import tiny
 
 # isort: split
 from megatron.core.packed_seq_params import PackedSeqParams

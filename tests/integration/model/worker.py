@@ -11,21 +11,20 @@ from typing import Any
 
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
+from megatron_klong.model.context_parallel import held_positions
 from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
 
 # isort: split
-import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import distributed
 
-from tests.integration.model.reference import WINDOWS
+from tests.integration.model.reference import WINDOWS, next_loss_mask
 
 
 def main(folder: Path, layout: LayoutConfig) -> None:
@@ -35,7 +34,7 @@ def main(folder: Path, layout: LayoutConfig) -> None:
     reference = torch.load(folder / "reference.pt")
     load_hugging_face(model, config, folder / "weights")
     save_hugging_face(model, config, folder / "out" / "exported")
-    cases = ["whole"] if layout.context_parallel > 1 else ["whole", "packed"]
+    cases = ["whole", "packed"]
     figures = {}
     trained = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -46,8 +45,6 @@ def main(folder: Path, layout: LayoutConfig) -> None:
         for parameter in model.parameters():
             parameter.data.copy_(parameter.main_grad)
         save_hugging_face(model, config, folder / "out" / f"gradients_{case}")
-    if layout.context_parallel > 1:
-        _check_packed_rows_are_refused(model)
     everyone: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, figures)
     if distributed.get_rank() == 0:
@@ -56,20 +53,18 @@ def main(folder: Path, layout: LayoutConfig) -> None:
     destroy()
 
 
-def _check_packed_rows_are_refused(model: Any) -> None:
-    attention = model.decoder.layers[0].self_attention.core_attention
-    row = torch.zeros(sum(WINDOWS), 2, 16)
-    with pytest.raises(ValueError, match="packed rows cannot be divided by context_parallel"):
-        attention(row, row, row, None, packed_seq_params=_packed("packed"))
-
-
-def _batch(reference: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """This process's part of the row: all of it, but for context parallelism."""
-    ids = reference["ids"]
-    positions = torch.arange(ids.shape[1])[None]
-    batch = {"ids": ids, "labels": reference["labels"], "positions": positions}
-    group = parallel_state.get_context_parallel_group()
-    return dict(get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group))
+def _batch(reference: dict[str, Any], case: str) -> dict[str, torch.Tensor]:
+    """This process's part of the row: all of it, but for context parallelism. place: of a token in the whole row."""
+    lengths = WINDOWS if case == "packed" else (reference["ids"].shape[1],)
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    place = held_positions(lengths, rank=rank, size=size) if size > 1 else torch.arange(sum(lengths))
+    batch = {
+        "ids": reference["ids"],
+        "labels": reference["labels"],
+        "loss_mask": next_loss_mask(lengths),
+        "positions": torch.cat([torch.arange(length) for length in lengths])[None],
+    }
+    return {name: tensor[:, place] for name, tensor in batch.items()} | {"place": place}
 
 
 def _packed(case: str) -> PackedSeqParams | None:
@@ -82,15 +77,31 @@ def _packed(case: str) -> PackedSeqParams | None:
     )
 
 
-def _run(model: Any, batch: dict[str, torch.Tensor], case: str, *, labels: bool) -> list[Any]:
+def _run(model: Any, batch: dict[str, torch.Tensor], case: str, *, labels: bool, train: bool = False) -> list[Any]:
+    """Logits of each head, gathered, on the last stage; or with `train` gradients in the model."""
+
     def step(batches: Any, part: Any) -> Any:
         now = next(batches)
         given = now["labels"] if labels else None
-        output = part(now["ids"], now["positions"], None, labels=given, packed_seq_params=_packed(case))
+        heads: list[torch.Tensor] = []  # with a layer for multi-token prediction its logits first
+        bare = getattr(part, "module", part)
+        hook = None
+        if bare.post_process:  # cloned, for the loss is computed in their place
+            hook = bare.output_layer.register_forward_hook(lambda *call: heads.append(call[-1][0].clone()))
+        output = part(
+            now["ids"],
+            now["positions"],
+            None,
+            labels=given,
+            loss_mask=now["loss_mask"],
+            packed_seq_params=_packed(case),
+        )
+        if hook:
+            hook.remove()
 
         def loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
             if non_loss_data:
-                return gather_from_tensor_model_parallel_region(output)
+                return [gather_from_tensor_model_parallel_region(head.transpose(0, 1)) for head in heads]
             tokens = torch.tensor(output.numel(), dtype=torch.int)
             return output.sum(), tokens, {"loss": output.detach().sum()}
 
@@ -103,27 +114,34 @@ def _run(model: Any, batch: dict[str, torch.Tensor], case: str, *, labels: bool)
         num_microbatches=1,
         seq_length=batch["ids"].shape[1] * parallel_state.get_context_parallel_world_size(),
         micro_batch_size=1,
-        forward_only=not labels,
-        collect_non_loss_data=not labels,
+        forward_only=not train,
+        collect_non_loss_data=not train,
     )
     return results
 
 
 def _logits_difference(model: Any, reference: dict[str, Any], case: str) -> float:
     model.eval()
-    batch = _batch(reference)
-    results = _run(model, batch, case, labels=False)
+    batch = _batch(reference, case)
+    # the layer for multi-token prediction wants labels, or gives no logits of its own
+    results = _run(model, batch, case, labels=bool(model.config.mtp_num_layers))
     model.train()
     if not results:  # not the last stage
         return 0.0
-    expected = reference[case]["logits"][:, batch["positions"][0]]
-    return (results[0] - expected).abs().max().item()
+    expected = [
+        reference[case][name][:, batch["place"]] for name in ("next_logits", "logits") if name in reference[case]
+    ]
+    found = results[0]
+    assert len(found) == len(expected)
+    if len(found) == 2:  # the last token of a window has no next one
+        found[0] = torch.where(expected[0] == 0, 0, found[0])
+    return max((one - other).abs().max().item() for one, other in zip(found, expected, strict=True))
 
 
 def _gradients(trained: Any, reference: dict[str, Any], case: str) -> None:
     trained.zero_grad_buffer()
-    _run(trained, _batch(reference), case, labels=True)
+    _run(trained, _batch(reference, case), case, labels=True, train=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), LayoutConfig(**json.loads(sys.argv[2])))
+    main(Path(sys.argv[1]), LayoutConfig.model_validate_json(sys.argv[2]))

@@ -14,7 +14,7 @@ import psutil
 from examples.longhaul.corpus import training_texts
 from examples.longhaul.generate import Split, generate_tasks
 from megatron_klong.agent.config import EpisodeConfig
-from megatron_klong.model.config import tiny
+from megatron_klong.model.presets import tiny
 from megatron_klong.rl.bank import read_contents
 from megatron_klong.rl.bank_index import BankContents
 from megatron_klong.rl.folders import RunFolder

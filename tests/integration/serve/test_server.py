@@ -17,7 +17,7 @@ import pytest
 import torch
 from inspect_ai.model import ChatMessage, ChatMessageUser, GenerateConfig, get_model
 
-from megatron_klong.model.config import tiny
+from megatron_klong.model.presets import tiny
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.protocol import Completion, CompletionRequest
 from megatron_klong.serve.provider import KlongAPI

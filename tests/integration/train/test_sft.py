@@ -7,16 +7,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from megatron_klong.model.presets import tiny
 from megatron_klong.train.config import OptimizerConfig, SftConfig
 from megatron_klong.train.metrics import FILE, read_metrics
 from megatron_klong.train.rows import Shards, TrainingRows
 from tests.conftest import REPOSITORY
 from tests.integration.train.launcher import finish, kill, start
 from tests.unit.train.builders import ROW_TOKENS, small_shard
+
+if TYPE_CHECKING:
+    from transformers import Glm4MoeForCausalLM
 
 HEAVY = {"torch", "megatron", "transformers"}
 STEPS = 20
@@ -122,11 +127,12 @@ def test_a_partial_checkpoint_is_passed_over(shard: Path, undisturbed: Path, tmp
     assert losses(folder) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "expert"])
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "expert", "context"])
 def test_loss_and_gradient_of_a_global_batch_are_the_handwritten_ones(
-    layout: str, shard: Path, reference: tuple[Path, float, float, int], tmp_path: Path
+    layout: str, shard: Path, reference: "tuple[Path, Glm4MoeForCausalLM]", tmp_path: Path
 ) -> None:
-    weights, loss, grad_norm, trained_tokens = reference
+    weights, model = reference
+    loss, grad_norm, trained_tokens = handwritten(model, shard, window_multiple=4 if layout == "context" else 1)
     flags = [] if layout == "data" else [f"--layout.{layout}_parallel", "2"]
     folder = tmp_path / "run"
     finish(start(shard, folder, "--steps", "1", "--hugging_face_init", str(weights), *flags))
@@ -137,21 +143,24 @@ def test_loss_and_gradient_of_a_global_batch_are_the_handwritten_ones(
 
 
 @pytest.fixture(scope="module")
-def reference(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, float, int]:
-    """Weights, and of the first global batch: the sum over its trained tokens, window by window, by their number."""
+def reference(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, Glm4MoeForCausalLM]":
+    """Weights, and the model that transformers makes of them."""
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    from megatron_klong.model.config import tiny
-
     folder = tmp_path_factory.mktemp("weights")
-    shards = Shards([shard])
-    (folder / "config.json").write_text(json.dumps(tiny(shards.vocabulary_size).to_hugging_face()))
+    (folder / "config.json").write_text(json.dumps(tiny(Shards([shard]).vocabulary_size).to_hugging_face()))
     torch.manual_seed(1)
     model = Glm4MoeForCausalLM(Glm4MoeConfig.from_pretrained(folder, attn_implementation="eager"))
     for parameter in model.parameters():  # far from zero, so that a wrong gradient cannot hide
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
-    rows = TrainingRows(shards, row_tokens=ROW_TOKENS, seed=0)
+    return folder, model
+
+
+def handwritten(model: "Glm4MoeForCausalLM", shard: Path, *, window_multiple: int) -> tuple[float, float, int]:
+    """Of the first global batch: the sum over its trained tokens, window by window, by their number; its gradient."""
+    shards = Shards([shard])
+    rows = TrainingRows(shards, row_tokens=ROW_TOKENS, seed=0, window_multiple=window_multiple)
     total, trained = torch.zeros(()), 0
     for position in range(4):
         for number in rows.row_at(position):
@@ -162,9 +171,10 @@ def reference(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
                 total = total - log_probs[place - 1, ids[place]]
                 trained += 1
     loss = total / trained
+    model.zero_grad()
     loss.backward()
     squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
-    return folder, loss.item(), float(torch.stack(squares).sum().sqrt()), trained
+    return loss.item(), float(torch.stack(squares).sum().sqrt()), trained
 
 
 def run_alone(*flags: str) -> "subprocess.CompletedProcess[str]":
@@ -209,7 +219,7 @@ def test_a_dry_run_prints_the_plan_imports_no_torch_and_writes_nothing(shard: Pa
         (["--optimizer.warmup_steps", "9"], "warmup_steps 9 leaves nothing of 9 steps"),
         (["--row_tokens", "100"], "are longer than a row of 100 tokens"),
         (["--layout.tensor_parallel", "2"], "1 processes are no multiple of"),
-        (["--layout.context_parallel", "2"], "context_parallel is not implemented for packed rows"),
+        (["--layout.context_parallel", "2", "--row_tokens", "250"], "row_tokens 250 is no multiple of"),
         (["--shards", '["nowhere/sft"]'], "there is no finished shard at this prefix"),
         (["--hugging_face_init", "nowhere"], "nowhere: not readable"),
         (["--shards", "[]"], "shards = []"),

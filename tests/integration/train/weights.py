@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from megatron_klong.model.build import build_model
-from megatron_klong.model.config import LayoutConfig, ModelConfig, tiny
+from megatron_klong.model.config import LayoutConfig, ModelConfig
 from megatron_klong.model.hugging_face import save_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.model.presets import tiny
 from tests.unit.trajectory.builders import byte_tokenizer
 
 BIAS = ".expert_bias"

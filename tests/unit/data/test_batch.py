@@ -72,3 +72,23 @@ def test_a_trained_first_token_is_an_error_not_a_silent_loss() -> None:
 def test_a_row_that_is_too_long_is_an_error() -> None:
     with pytest.raises(BatchError, match=r"windows \[0, 0\] are longer than a row of 3"):
         pack(Windows([[(9, False), (1, True)]]), (0, 0), row_tokens=3)
+
+
+def test_windows_are_padded_one_by_one_where_each_is_to_be_divided() -> None:
+    source = Windows([[(9, False), (1, False), (2, True)], [(9, False), (3, True)]])
+    batch = pack(source, (0, 1), row_tokens=12, window_multiple=4)
+    # window     0  0  0  .  1  1  .  .  | padding
+    assert batch.ids.tolist() == [[9, 1, 2, 0, 9, 3, 0, 0, 0, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.loss_mask.int().tolist() == [[0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]]
+    assert batch.padding_mask.int().tolist() == [[0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 1, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12]
+    assert (batch.tokens, batch.trained_tokens, batch.longest_window_tokens) == (5, 2, 4)
+
+
+def test_a_part_of_a_batch_keeps_the_bounds_of_the_whole() -> None:
+    batch = pack(Windows([[(9, False), (1, True), (2, True)]]), (0,), row_tokens=4, window_multiple=4)
+    part = batch.part(torch.tensor([0, 3]))
+    assert (part.ids.tolist(), part.labels.tolist(), part.loss_mask.tolist()) == ([[9, 0]], [[1, 0]], [[True, False]])
+    assert part.cu_seqlens.tolist() == [0, 4]
+    assert part.advantages is None

@@ -48,3 +48,10 @@ def test_a_window_longer_than_a_row_is_an_error_with_the_numbers() -> None:
 def test_an_empty_window_is_an_error() -> None:
     with pytest.raises(PackingError, match="windows 1 have no tokens"):
         pack_rows([3, 0], row_tokens=10)
+
+
+def test_windows_take_up_multiples() -> None:
+    # 5, 3 and 4 tokens take up 8, 4 and 4 of rows of 12
+    assert pack_rows([5, 3, 4], row_tokens=12, window_multiple=4) == [(0, 1), (2,)]
+    with pytest.raises(PackingError, match="the longest has 16"):
+        pack_rows([13], row_tokens=14, window_multiple=4)

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_klong.config import ConfigError
-from megatron_klong.model.config import LayoutConfig, ModelConfig, tiny
+from megatron_klong.model.config import LayoutConfig, ModelConfig
+from megatron_klong.model.presets import preset, tiny
 from tests.conftest import REPOSITORY
 
 # config.json of zai-org/GLM-4.5-Air as published, but for the layer that predicts a further token (1 there)
@@ -108,10 +109,16 @@ def test_what_is_not_implemented_is_refused_by_field_value_and_file(tmp_path: Pa
         ModelConfig.from_hugging_face(tmp_path)
 
 
-def test_layers_that_predict_further_tokens_are_refused(tmp_path: Path) -> None:
-    file = _written(tmp_path, num_nextn_predict_layers=1)
-    with pytest.raises(ConfigError, match=re.escape(f"{file}: num_nextn_predict_layers 1: ")):
+def test_more_than_one_layer_for_multi_token_prediction_is_refused(tmp_path: Path) -> None:
+    assert ModelConfig.from_hugging_face(_written(tmp_path, num_nextn_predict_layers=1)).num_nextn_predict_layers == 1
+    file = _written(tmp_path, num_nextn_predict_layers=2)
+    with pytest.raises(ConfigError, match=re.escape(f"{file}: num_nextn_predict_layers = 2: ")):
         ModelConfig.from_hugging_face(tmp_path)
+
+
+def test_the_preset_of_the_air_is_the_published_config(tmp_path: Path) -> None:
+    published = ModelConfig.from_hugging_face(_written(tmp_path, num_nextn_predict_layers=1))
+    assert preset("glm45-air") == published
 
 
 def test_a_missing_or_impossible_field_is_named(tmp_path: Path) -> None:
@@ -159,6 +166,46 @@ def test_a_layout_that_cannot_divide_the_model_names_both_values(layout: dict[st
     with pytest.raises(ConfigError) as raised:
         LayoutConfig(**layout).check_model(tiny(500))
     assert all(text in str(raised.value) for text in named), raised.value
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "next_layers", "expected"),
+    [
+        # 46 layers, embedding and output make 48 in 4 stages: 12 each
+        (46, 4, 0, (11, 12, 12, 11)),
+        # with a layer for multi-token prediction 49: the one too many goes to the last stage but one
+        (46, 4, 1, (11, 12, 13, 10)),
+        (46, 2, 0, (23, 23)),
+        # 5 in 4 stages, of which the first and last would be left empty: only the layers count
+        (4, 4, 0, (1, 1, 1, 1)),
+        (5, 1, 1, (5,)),
+    ],
+)
+def test_layers_by_stage(layers: int, stages: int, next_layers: int, expected: tuple[int, ...]) -> None:
+    model = tiny(500).model_copy(update={"num_hidden_layers": layers, "num_nextn_predict_layers": next_layers})
+    assert LayoutConfig(pipeline_parallel=stages).stages(model) == expected
+
+
+def test_stages_can_be_given_and_must_hold_all_layers() -> None:
+    assert LayoutConfig(pipeline_parallel=2, layers_per_stage=(3, 1)).stages(tiny(500)) == (3, 1)
+    for wrong in ((3, 2), (4,), (2, 1, 1)):
+        with pytest.raises(ConfigError, match=re.escape(f"layers_per_stage {list(wrong)} are not the 4 layers")):
+            LayoutConfig(pipeline_parallel=2, layers_per_stage=wrong).check_model(tiny(500))
+    with pytest.raises(ConfigError, match="leaves one without a layer"):
+        LayoutConfig(pipeline_parallel=2, layers_per_stage=(4, 0)).check_model(tiny(500))
+
+
+def test_rows_are_divided_by_tensor_and_twice_by_context_parallelism() -> None:
+    LayoutConfig(tensor_parallel=2).check_row(6)
+    layout = LayoutConfig(tensor_parallel=2, context_parallel=2)
+    layout.check_row(16)
+    with pytest.raises(ConfigError, match=r"row_tokens 20 is no multiple of .* = 8"):
+        layout.check_row(20)
+    assert (layout.window_multiple, LayoutConfig().window_multiple) == (4, 1)
+    # model: 2 * 2; experts: 1
+    assert layout.model_processes == 4
+    # model: 2 * 3 = 6; experts: 4 * 3 = 12
+    assert LayoutConfig(tensor_parallel=2, pipeline_parallel=3, expert_parallel=4).model_processes == 12
 
 
 def test_glm_45_air_can_be_divided_among_64_processes(tmp_path: Path) -> None:

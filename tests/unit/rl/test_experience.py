@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_klong.config import Duration
-from megatron_klong.model.config import tiny
+from megatron_klong.model.presets import tiny
 from megatron_klong.rl.bank import BankWriter
 from megatron_klong.rl.bank_index import BankError, Iteration
 from megatron_klong.rl.config import PolicyLossConfig, RlConfig, StageConfig, TrainerConfig

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klong.train.checkpoint import FORMAT, MANIFEST, VERSION, latest
+from megatron_klong.model.checkpoint_folder import FORMAT, MANIFEST, VERSION
+from megatron_klong.train.checkpoint import latest
 
 
 def write(folder: Path, step: int) -> Path:
@@ -83,3 +84,13 @@ def test_a_partial_one_is_passed_over_with_the_reason(
 def test_one_that_is_being_written_is_not_seen(tmp_path: Path) -> None:
     write(tmp_path, 8).rename(tmp_path / ".step_00000008.tmp")
     assert latest(tmp_path) == (None, [])
+
+
+def test_weights_alone_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 8)
+    manifest = write(tmp_path, 9) / MANIFEST
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "progress": None}))
+    found, passed_over = latest(tmp_path)
+    assert found is not None
+    assert found.progress.step == 8
+    assert "step_00000009: holds weights alone" in passed_over[0]

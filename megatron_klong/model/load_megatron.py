@@ -1,0 +1,85 @@
+"""Weights from a checkpoint of ours, of a run or imported, into a model on any layout.
+
+Always (tests/integration/model/test_convert.py): whatever layout wrote it, each process reads only what it holds; a
+file that is not what the manifest says is named before anything is loaded.
+"""
+
+import megatron_klong.model.megatron_ready  # noqa: F401
+
+# isort: split
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+from torch import distributed
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_klong.model.checkpoint_folder import (
+    CheckpointError,
+    CheckpointFolder,
+    changed,
+    check_tensors,
+    damaged,
+    read_checkpoint,
+)
+from megatron_klong.model.config import ModelConfig
+
+_NOT_OF_WEIGHTS = ("router_bias_update_rate", "mtp_loss_weight", "eos_token_id", "pad_token_id")
+
+
+def sharded_metadata() -> dict[str, Any]:
+    """How models describe themselves for our checkpoints: one tensor for all experts of a layer."""
+    return {
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+@torch.no_grad()
+def load_megatron(model: GPTModel, config: ModelConfig, folder: Path | str) -> None:
+    """Fill the parameters of every process; all call this at once. Raises CheckpointError on each of them."""
+    checkpoint = read_checkpoint(Path(folder))
+    refuse_other_model(checkpoint, config)
+    verify_together(checkpoint, cure=f"delete {folder}, or make it again")
+    # what else a model saves are states of Transformer Engine, which are empty here
+    sharded = {
+        name: entry
+        for name, entry in model.sharded_state_dict(metadata=sharded_metadata()).items()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
+    _check_tensors(checkpoint, sharded)
+    loaded = dist_checkpointing.load({"model": sharded}, str(folder))
+    model.load_state_dict(loaded["model"], strict=False)  # strict is checked above
+
+
+def refuse_other_model(checkpoint: CheckpointFolder, config: ModelConfig) -> None:
+    """Raises CheckpointError, naming the fields, where a checkpoint holds another model than `config`."""
+    saved, asked = checkpoint.model.model_dump(), config.model_dump()
+    if fields := [name for name in asked if saved[name] != asked[name] and name not in _NOT_OF_WEIGHTS]:
+        shown = ", ".join(f"{name} {saved[name]} there, {asked[name]} here" for name in fields)
+        raise CheckpointError(f"{checkpoint.folder}: of another model ({shown}); use its own configuration")
+
+
+def verify_together(checkpoint: CheckpointFolder, *, cure: str) -> None:
+    """Compare all checksums, each process a share. Raises CheckpointError on every process."""
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    found: list[Any] = [None] * processes
+    distributed.all_gather_object(found, changed(checkpoint, sorted(checkpoint.files)[rank::processes]))
+    if names := [name for part in found for name in part]:
+        raise damaged(checkpoint, names, cure)
+
+
+def _check_tensors(checkpoint: CheckpointFolder, sharded: Mapping[str, Any]) -> None:
+    boxes = [
+        box
+        for entry in sharded.values()
+        for box in (entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
+    ]
+    held = FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
+    shapes = {key: entry.size for key, entry in held.items() if isinstance(entry, TensorStorageMetadata)}
+    check_tensors(checkpoint, shapes, {box.key: box.global_shape for box in boxes})
