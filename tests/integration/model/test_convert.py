@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_klong.model import tensor_files
-from megatron_klong.model.conversion import chunk_files
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
+from megatron_klong.model.conversion import chunk_files
 from megatron_klong.model.conversion.export_checkpoint import export_checkpoint
 from megatron_klong.model.conversion.import_checkpoint import import_checkpoint
 from megatron_klong.model.load_megatron import load_megatron, sharded_metadata
