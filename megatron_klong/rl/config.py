@@ -132,6 +132,7 @@ class TrainerConfig(Config):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         self.layout.check_row(self.row_tokens)
+        self.layout.check_world_size(self.processes)
         return self
 
 
