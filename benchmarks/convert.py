@@ -33,10 +33,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_klong.data.report import aligned  # noqa: E402
 from megatron_klong.model.config import LayoutConfig, ModelConfig  # noqa: E402
 from megatron_klong.model.conversion.workers import default_processes, one_thread  # noqa: E402
 from megatron_klong.model.meta import hide_gpus  # noqa: E402
+from megatron_klong.tables import aligned  # noqa: E402
 
 # What is heavy is imported in functions, once threads are limited, as the program itself does.
 LAYOUT = LayoutConfig(tensor_parallel=2, pipeline_parallel=2, expert_parallel=4)
@@ -64,22 +64,17 @@ def write_model(folder: Path, config: ModelConfig) -> tuple[int, list[int]]:
     import torch
 
     from megatron_klong.model.conversion.pieces import stored_parameters
-    from megatron_klong.model.tensor_files import TensorLike, create_files, plan_files, write_config, write_tensor
+    from megatron_klong.model.tensor_files import create_files, plan_files, put_tensor, write_config
 
     folder.mkdir()
     stored = stored_parameters(config, LayoutConfig()).values()
-    groups = [
-        [TensorLike(name=n, dtype=one.dtype, shape=s) for n, s in zip(one.tensors, one.shapes, strict=True)]
-        for one in stored
-    ]
-    places = create_files(folder, plan_files(groups))
+    places = create_files(folder, plan_files([one.tensors_like for one in stored]))
     largest = max(place.num_bytes for place in places.values())
     noise = torch.randint(0, 256, (largest + (1 << 20),), dtype=torch.uint8)
     for number, place in enumerate(places.values()):
         start = 64 * (number % 4096)
         content = noise[start : start + place.num_bytes].view(place.dtype).reshape(place.shape)
-        with place.file.open("r+b", buffering=0) as file:
-            write_tensor(file.fileno(), place, content)
+        put_tensor(place, content)
     write_config(folder, config.to_hugging_face(), torch.bfloat16)
     os.sync()
     sizes = sorted((place.num_bytes for place in places.values()), reverse=True)

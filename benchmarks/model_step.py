@@ -42,12 +42,12 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 
-from megatron_klong.data.report import aligned  # noqa: E402
 from megatron_klong.model.build import build_model  # noqa: E402
 from megatron_klong.model.config import LayoutConfig, ModelConfig  # noqa: E402
 from megatron_klong.model.hugging_face import save_hugging_face  # noqa: E402
 from megatron_klong.model.parallel import initialize  # noqa: E402
 from megatron_klong.model.presets import tiny  # noqa: E402
+from megatron_klong.tables import aligned  # noqa: E402
 
 type Step = Callable[[], float]
 type Times = Mapping[str, Sequence[float]]  # seconds a round

@@ -27,11 +27,11 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_klong.data.report import aligned  # noqa: E402
 from megatron_klong.model.config import LayoutConfig, ModelConfig, Precision, Recompute  # noqa: E402
 from megatron_klong.model.planner.plan import StagePlan, make_plan  # noqa: E402
 from megatron_klong.model.planner.shapes import Workload  # noqa: E402
 from megatron_klong.model.presets import tiny  # noqa: E402
+from megatron_klong.tables import aligned  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "hidden_size": 256,

@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_klong.data.preprocess import preprocess  # noqa: E402
-from megatron_klong.data.report import aligned  # noqa: E402
+from megatron_klong.tables import aligned  # noqa: E402
 from megatron_klong.trajectory.context import ContextPolicy  # noqa: E402
 from megatron_klong.trajectory.glm import GlmRenderer  # noqa: E402
 from megatron_klong.trajectory.importers import read_transcripts  # noqa: E402

@@ -7,8 +7,9 @@ from megatron_klong.data.decoded import Part, Piece
 from megatron_klong.data.marked import Mark, marked_lines
 from megatron_klong.data.shard import Shard
 from megatron_klong.data.summary import ShardSummary, Spread
-from megatron_klong.data.terminal import Span, Style, Terminal, table
+from megatron_klong.data.terminal import Span, Style, Terminal
 from megatron_klong.data.visible import one_line
+from megatron_klong.tables import aligned
 from megatron_klong.trajectory.split_plan import SplitRow
 
 _BAR_CELLS = 24
@@ -49,7 +50,7 @@ def _facts(summary: ShardSummary) -> list[str]:
         ["formats", ", ".join(f"{count:,} {name}" for name, count in summary.formats.items()) or "none"],
         ["disk", f"{_ratio(summary.bytes_per_token)} bytes a stored token ({size})"],
     ]
-    return table(rows, left=2)
+    return aligned(rows, left=2, indent="  ")
 
 
 def _loss(summary: ShardSummary) -> str:
@@ -65,7 +66,7 @@ def _kind_table(summary: ShardSummary) -> list[str]:
     total = (summary.tokens, summary.trainable_tokens, summary.window_tokens, summary.trained_tokens)
     rows.append(["all", *(f"{count:,}" for count in total), ""])
     width = max(len(row[-1]) for row in rows)
-    return table([[*row[:-1], row[-1].ljust(width)] for row in rows])
+    return aligned([[*row[:-1], row[-1].ljust(width)] for row in rows], indent="  ")
 
 
 def _window_table(summary: ShardSummary) -> list[str]:
@@ -84,7 +85,7 @@ def _window_table(summary: ShardSummary) -> list[str]:
         rows.append(["train nothing", f"{summary.windows_without_trained:,} windows"])
     if summary.documents_without_window:
         rows.append(["in no window", f"{summary.documents_without_window:,} documents"])
-    return table(rows, left=2)
+    return aligned(rows, left=2, indent="  ")
 
 
 def _training_table(summary: ShardSummary) -> list[str]:
@@ -96,7 +97,7 @@ def _training_table(summary: ShardSummary) -> list[str]:
         ["context tokens for one unique token", _ratio(summary.context_tokens_per_unique_token), ""],
         ["window tokens for one trained token", _ratio(summary.window_tokens_per_trained_token), ""],
     ]
-    return table(rows)
+    return aligned(rows, indent="  ")
 
 
 def _phase_table(summary: ShardSummary) -> list[str]:
@@ -108,7 +109,7 @@ def _phase_table(summary: ShardSummary) -> list[str]:
         bar = _bar(row.trainable_tokens, summary.trainable_tokens)
         rows.append([row.phase, f"{row.windows:,}", example, f"{row.turns:,}", f"{row.trainable_tokens:,}", bar])
     width = max(len(row[-1]) for row in rows)
-    return table([[*row[:-1], row[-1].ljust(width)] for row in rows])
+    return aligned([[*row[:-1], row[-1].ljust(width)] for row in rows], indent="  ")
 
 
 def document_lines(shard: Shard, document: int, rows: Sequence[SplitRow], windows: Sequence[int]) -> Iterator[str]:
@@ -128,13 +129,13 @@ def document_lines(shard: Shard, document: int, rows: Sequence[SplitRow], window
         named = [str(number), f"{row.first_message}-{row.last_message}", f"{row.first_turn}-{row.last_turn}"]
         named += [row.end, _phase(row)]
         lines.append([*named, *(f"{count:,}" for count in counts + shared)])
-    yield from table(lines, left=5, indent="")
+    yield from aligned(lines, left=5)
     kinds = sorted({kind for row in rows for kind in row.tokens_by_kind})
     yield ""
     lines = [["window", *(kind.name.lower().replace("_", " ") for kind in kinds)]]
     for number, row in zip(windows, rows, strict=True):
         lines.append([str(number), *(f"{row.tokens_by_kind.get(kind, 0):,}" for kind in kinds)])
-    yield from table(lines, indent="")
+    yield from aligned(lines)
 
 
 def _phase(row: SplitRow) -> str:

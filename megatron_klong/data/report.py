@@ -4,11 +4,12 @@ Always: reports of parts add up to the report of the whole, in whatever pieces i
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from megatron_klong.data.loss_on import LossOn, TrainedCounts
+from megatron_klong.tables import aligned
 from megatron_klong.trajectory.importers.refusal import Refusal, RefusalReason
 from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.segments import RenderedTranscript
@@ -176,18 +177,6 @@ def _table(formats: Mapping[str, FormatCounts]) -> list[str]:
         for name, counts in sorted(formats.items())
     ]
     return aligned([titles, *rows])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if n else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
 
 
 def _share(part: int, whole: int) -> str:

@@ -17,25 +17,28 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from safetensors.torch import save_file
 from torch import distributed
 
 from megatron_klong.files import write_atomically
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.tensor_files import (
-    INDEX,
+    TensorLike,
+    TensorPlace,
     check_names,
     check_shape,
+    create_files,
     find_tensors,
+    plan_files,
     put_in_place,
+    put_tensor,
     read_tensor,
+    write_config,
 )
 from megatron_klong.model.weight_map import Parts, Weight, WeightsError, has_copies, weights
 from megatron_klong.trajectory.tokenizer import Tokenizer
 
 __all__ = ["WeightsError", "load_hugging_face", "local_weights", "save_hugging_face", "save_tokenizer", "share_of"]
 
-MAX_FILE_BYTES = 5 * 10**9
 _NEXT_LAYER = "mtp.layers.0.mtp_model_layer."
 
 # Transformer Engine keeps these norms inside the linear layer that follows them.
@@ -85,29 +88,21 @@ def save_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) 
     mapping = weights(config)
     announced: list[dict[str, Share]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(announced, {name: share_of(mapping[name], local[name]) for name in local})
-    plan = _plan_files(mapping, announced)
+    tensors = _tensors(mapping, announced, config)
     temporary = folder.with_name(f".{folder.name}.tmp")
+    places: dict[str, TensorPlace] = {}
     if writer := distributed.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
         temporary.mkdir(parents=True)
-    index: dict[str, str] = {}
-    total_bytes = 0
-    for number, file_weights in enumerate(plan, start=1):
-        tensors: dict[str, torch.Tensor] = {}
-        for weight in file_weights:
-            shares = _collect(weight, announced, local.get(weight.parameter))
-            if writer:
-                tensors |= _to_file(weight, shares, config)
+        places = create_files(temporary, plan_files(tensors))
+    for weight in mapping.values():
+        shares = _collect(weight, announced, local.get(weight.parameter))
         if writer:
-            name = "model.safetensors" if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            save_file(tensors, temporary / name, metadata={"format": "pt"})
-            index |= dict.fromkeys(tensors, name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            joint = torch.cat([weight.operator.unflatten(share, config) for share in shares], dim=_axis(weight))
+            for name, part in zip(weight.tensors, weight.operator.part(joint, config), strict=True):
+                put_tensor(places[name], part.cpu())
     if writer:
-        if len(plan) > 1:
-            _write_json(temporary / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": index})
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        _write_json(temporary / "config.json", {**config.to_hugging_face(), "dtype": dtype})
+        write_config(temporary, config.to_hugging_face(), next(model.parameters()).dtype)
         put_in_place(temporary, folder)
     distributed.barrier()
 
@@ -187,22 +182,25 @@ def _joint_like(weight: Weight, tensor: torch.Tensor, share: Share, config: Mode
     return torch.cat([weight.operator.unflatten(tensor, config)] * share.parts, dim=_axis(weight))
 
 
-def _plan_files(mapping: dict[str, Weight], announced: list[dict[str, Share]]) -> list[list[Weight]]:
-    """Weights by file, no file above MAX_FILE_BYTES unless one weight is."""
+def _tensors(
+    mapping: Mapping[str, Weight], announced: list[dict[str, Share]], config: ModelConfig
+) -> list[list[TensorLike]]:
+    """What the file will hold of each weight. Raises WeightsError unless the processes together hold all of them."""
     owned = {name: share for shares in announced for name, share in shares.items()}
     if wrong := mapping.keys() ^ owned.keys():
         raise WeightsError(f"the model and its configuration differ in {', '.join(sorted(wrong)[:8])}")
-    plan: list[list[Weight]] = [[]]
-    filled = 0
+    found = []
     for name, weight in mapping.items():
         share = owned[name]
-        size = share.shape.numel() * share.parts * share.dtype.itemsize
-        if plan[-1] and filled + size > MAX_FILE_BYTES:
-            plan.append([])
-            filled = 0
-        plan[-1].append(weight)
-        filled += size
-    return plan
+        like = torch.empty(share.shape, dtype=share.dtype, device="meta")
+        parts = weight.operator.part(_joint_like(weight, like, share, config), config)
+        found.append(
+            [
+                TensorLike(name=tensor, dtype=share.dtype, shape=tuple(part.shape))
+                for tensor, part in zip(weight.tensors, parts, strict=True)
+            ]
+        )
+    return found
 
 
 def _collect(weight: Weight, announced: list[dict[str, Share]], local: torch.Tensor | None) -> Parts:
@@ -226,17 +224,3 @@ def _collect(weight: Weight, announced: list[dict[str, Share]], local: torch.Ten
             distributed.recv(received, src=owner)
             collected.append(received)
     return collected
-
-
-def _to_file(weight: Weight, shares: Parts, config: ModelConfig) -> dict[str, torch.Tensor]:
-    joint = torch.cat([weight.operator.unflatten(share, config) for share in shares], dim=_axis(weight))
-    parts = weight.operator.part(joint, config)
-    # cloned: the file format refuses tensors that share memory
-    return {
-        name: part.cpu().clone(memory_format=torch.contiguous_format)
-        for name, part in zip(weight.tensors, parts, strict=True)
-    }
-
-
-def _write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -226,6 +226,12 @@ def write_tensor(descriptor: int, place: TensorPlace, tensor: torch.Tensor) -> N
         view, offset = view[written:], offset + written
 
 
+def put_tensor(place: TensorPlace, tensor: torch.Tensor) -> None:
+    """The same, into a file that is not open."""
+    with place.file.open("r+b", buffering=0) as file:
+        write_tensor(file.fileno(), place, tensor)
+
+
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 

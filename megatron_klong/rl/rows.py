@@ -30,7 +30,7 @@ class ExperienceRows:
         """`folder`: where `prepare` wrote. Raises ShardError, BankError."""
         self.lesson: Lesson = read_lesson(folder)
         self._shard = Shard(folder / SHARD)
-        self._row = {"row_tokens": row_tokens, "window_multiple": window_multiple}
+        self._row_tokens, self._window_multiple = row_tokens, window_multiple
         self._documents: NDArray[np.int64] = self._shard.column("document")
         parts = [self._shard.column(f"{part}_tokens") for part in ("prefix", "overlap", "new")]
         self._lengths: NDArray[np.int64] = np.sum(parts, axis=0)
@@ -46,13 +46,14 @@ class ExperienceRows:
         """What process `part` of `parts` trains on in an update; a batch a row. Raises PackingError."""
         taught = {document.document: document for document in update.documents}
         windows = [number for number, document in enumerate(self._documents) if int(document) in taught]
-        packed = pack_rows([int(self._lengths[number]) for number in windows], **self._row)
+        lengths = [int(self._lengths[number]) for number in windows]
+        packed = pack_rows(lengths, row_tokens=self._row_tokens, window_multiple=self._window_multiple)
         rows: list[Row] = [tuple(windows[place] for place in row) for row in packed]
         rows += [()] * (-len(rows) % parts)
         return [self._batch(row, taught) for row in rows[part::parts]]
 
     def _batch(self, row: Row, taught: Mapping[int, Taught]) -> PackedBatch:
-        batch = pack(self._shard, row, **self._row)
+        batch = pack(self._shard, row, row_tokens=self._row_tokens, window_multiple=self._window_multiple)
         advantages, weights, log_probs = (torch.zeros(batch.ids.shape) for _ in range(3))
         for number, start in zip(row, batch.cu_seqlens.tolist(), strict=False):
             document = taught[int(self._documents[number])]

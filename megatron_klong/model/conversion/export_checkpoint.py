@@ -140,10 +140,8 @@ def _from_checkpoint(
         )
     for one in stored.values():
         dtype = held[one.pieces[0].key].properties.dtype
-        made = (
-            TensorLike(name=name, dtype=dtype, shape=shape) for name, shape in zip(one.tensors, one.shapes, strict=True)
-        )
-        yield _Source(stored=replace(one, dtype=dtype), copied=None, tensors=tuple(made))
+        read = replace(one, dtype=dtype)
+        yield _Source(stored=read, copied=None, tensors=tuple(read.tensors_like))
 
 
 def _from_like(model: Like | None) -> Iterator[_Source]:

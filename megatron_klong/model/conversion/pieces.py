@@ -15,6 +15,7 @@ import torch
 
 from megatron_klong.model.config import LayoutConfig, ModelConfig, Precision
 from megatron_klong.model.meta import build_on_meta, fake_rank
+from megatron_klong.model.tensor_files import TensorLike
 from megatron_klong.model.weight_map import Weight, weights
 
 type Shape = tuple[int, ...]
@@ -60,6 +61,14 @@ class Stored:
     @property
     def num_bytes(self) -> int:
         return self.parts * math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def tensors_like(self) -> list[TensorLike]:
+        """What the file holds of it."""
+        return [
+            TensorLike(name=name, dtype=self.dtype, shape=shape)
+            for name, shape in zip(self.tensors, self.shapes, strict=True)
+        ]
 
     def shares(self, joint: torch.Tensor) -> Iterator[torch.Tensor]:
         """Its shares, each contiguous."""

@@ -5,7 +5,6 @@ can be tried on it.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,14 +13,7 @@ from megatron_klong.model.checkpoint_folder import check_output, temporary_folde
 from megatron_klong.model.config import LayoutConfig, ModelConfig, Precision
 from megatron_klong.model.conversion.pieces import Stored, stored_parameters
 from megatron_klong.model.presets import tiny
-from megatron_klong.model.tensor_files import (
-    TensorLike,
-    create_files,
-    plan_files,
-    put_in_place,
-    write_config,
-    write_tensor,
-)
+from megatron_klong.model.tensor_files import create_files, plan_files, put_in_place, put_tensor, write_config
 from megatron_klong.model.weight_map import weights
 
 
@@ -43,24 +35,18 @@ def write_random_weights(folder: Path, config: ModelConfig, *, seed: int, precis
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        places = create_files(temporary, plan_files([list(_tensors(one)) for one in stored]))
+        places = create_files(temporary, plan_files([one.tensors_like for one in stored]))
         generator = torch.Generator().manual_seed(seed)
         for one in stored:
             operator = mapping[one.parameter].operator
             parts = operator.part(operator.unflatten(_values(one, config, generator), config), config)
             for name, part in zip(one.tensors, parts, strict=True):
-                with places[name].file.open("r+b", buffering=0) as file:
-                    write_tensor(file.fileno(), places[name], part)
+                put_tensor(places[name], part)
         dtype = next(one.dtype for one in stored)
         write_config(temporary, config.to_hugging_face(), dtype)
         put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _tensors(stored: Stored) -> Iterator[TensorLike]:
-    for name, shape in zip(stored.tensors, stored.shapes, strict=True):
-        yield TensorLike(name=name, dtype=stored.dtype, shape=shape)
 
 
 def _values(stored: Stored, config: ModelConfig, generator: torch.Generator) -> torch.Tensor:

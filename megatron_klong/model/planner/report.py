@@ -7,6 +7,7 @@ from megatron_klong.model.planner.cost import cost
 from megatron_klong.model.planner.memory import PLANNER_ERROR, Memory, shown, unit_of
 from megatron_klong.model.planner.plan import Plan
 from megatron_klong.model.planner.search import FIELDS, changes
+from megatron_klong.tables import aligned
 
 _SHORT = dict(zip(FIELDS, ("TP", "PP", "EP", "ETP", "CP"), strict=True))
 _COLUMNS = (
@@ -117,15 +118,3 @@ def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:
             for stage in plan.stages
         ],
     }
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

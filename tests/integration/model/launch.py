@@ -1,9 +1,11 @@
 """Start a script as several processes on this machine, on the loopback interface only."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -37,3 +39,20 @@ def launch(script: Path, *arguments: str, processes: int) -> None:
         check=False,
     )
     assert made.returncode == 0, made.stdout[-6000:]
+
+
+def kill_in_its_work(program: str, *arguments: str, milliseconds: int) -> None:
+    """Start a program that does the same for ever; SIGKILL so long after the line that says it has done it once."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"done\n"
+    time.sleep(milliseconds / 1000)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    process.stdout.close()

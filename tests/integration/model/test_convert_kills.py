@@ -14,6 +14,7 @@ from megatron_klong.model.config import LayoutConfig
 from megatron_klong.model.conversion.export_checkpoint import export_checkpoint
 from megatron_klong.model.conversion.import_checkpoint import import_checkpoint
 from tests.conftest import REPOSITORY
+from tests.integration.model.launch import kill_in_its_work
 from tests.integration.model.weights import assert_same_weights, write_weights
 
 LAYOUT = LayoutConfig(tensor_parallel=2)
@@ -39,18 +40,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("milliseconds", [40, 230, 410, 660])
 def test_one_that_is_killed_leaves_a_whole_folder_or_none(source: Path, tmp_path: Path, milliseconds: int) -> None:
-    converter = subprocess.Popen(
-        [sys.executable, "-c", CONVERT_FOREVER, str(tmp_path)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert converter.stdout is not None
-    assert converter.stdout.readline() == b"done\n"
-    time.sleep(milliseconds / 1000)
-    converter.send_signal(signal.SIGKILL)
-    converter.wait(timeout=60)
-    converter.stdout.close()
+    kill_in_its_work(CONVERT_FOREVER, str(tmp_path), milliseconds=milliseconds)
     if (tmp_path / "k").exists():
         export_checkpoint(tmp_path / "k", tmp_path / "from_k", processes=1)
         assert_same_weights(tmp_path / "from_k", source)

@@ -1,13 +1,8 @@
 """Weights from and to a folder in Hugging Face format, on one process; other layouts: test_parity.py."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_klong.model import hugging_face
+from megatron_klong.model import tensor_files
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
 from megatron_klong.model.hugging_face import WeightsError, load_hugging_face, save_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
-from tests.conftest import REPOSITORY
+from tests.integration.model.launch import kill_in_its_work
 from tests.integration.model.reference import CONFIG, write_reference
 
 LAYOUT = LayoutConfig()
@@ -88,7 +83,7 @@ def test_a_model_trained_from_scratch_loads_in_transformers_as_it_is(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(hugging_face, "MAX_FILE_BYTES", 300_000)  # several files and an index
+    monkeypatch.setattr(tensor_files, "MAX_FILE_BYTES", 300_000)  # several files and an index
     config = CONFIG.model_copy(update={"eos_token_id": (7, 8), "partial_rotary_factor": 1.0})
     model = build_model(config, LAYOUT).eval()
     save_hugging_face(model, config, tmp_path / "exported")
@@ -127,7 +122,7 @@ initialize(LayoutConfig(), seed=1)
 model = build_model(tiny(500), LayoutConfig())
 while True:
     save_hugging_face(model, tiny(500), sys.argv[1])
-    print("saved", flush=True)
+    print("done", flush=True)
 """
 
 
@@ -136,20 +131,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(
     reference: Path, tmp_path: Path, milliseconds: int
 ) -> None:
     folder = tmp_path / "exported"
-    writer = subprocess.Popen(
-        [sys.executable, "-c", SAVE_FOREVER, str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == b"saved\n"
-    time.sleep(milliseconds / 1000)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait(timeout=60)
-    writer.stdout.close()
-
+    kill_in_its_work(SAVE_FOREVER, str(folder), milliseconds=milliseconds)
     config = ModelConfig.from_hugging_face(reference / "weights")
     model = build_model(config, LAYOUT)
     if folder.exists():

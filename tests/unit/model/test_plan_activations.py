@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_klong.model.config import LayoutConfig, Precision
 from megatron_klong.model.planner.activations import peak_activations
 from megatron_klong.model.planner.holdings import stage_layers
+from megatron_klong.model.planner.search import RECOMPUTE
 from megatron_klong.model.planner.shapes import Device, Shapes, Workload, shapes
 from megatron_klong.model.planner.stage_program import layer_profile, loss_profile
 from megatron_klong.model.presets import tiny
@@ -18,7 +19,6 @@ from megatron_klong.model.presets import tiny
 # hidden 64, queries 8 * 16 = 128, keys and values 2 * 16 = 32 each, dense 120, experts 8 of 24, 2 a token, shared 24
 MODEL = tiny(512).model_copy(update={"intermediate_size": 120, "moe_intermediate_size": 24})
 TOKENS = 1000
-RECOMPUTE = ("none", "mlp", "full")
 
 
 def sizes(device: Device = "cpu", precision: Precision = "fp32", **layout: int) -> Shapes:
@@ -68,7 +68,7 @@ def test_norms_of_queries_and_keys_keep_what_they_scaled() -> None:
 
 
 def test_recomputation_keeps_the_input_of_what_is_computed_again() -> None:
-    of = {way: per_token(layer_profile(sizes(), experts=False, recompute=way).kept) for way in RECOMPUTE}  # type: ignore[arg-type]
+    of = {way: per_token(layer_profile(sizes(), experts=False, recompute=way).kept) for way in RECOMPUTE}
     assert of["none"] - of["mlp"] == 4 * 5 * 120
     assert of["full"] == 4 * 64
     with_experts = layer_profile(sizes(), experts=True, recompute="full").kept
@@ -135,7 +135,7 @@ def test_every_program_frees_all_it_takes_and_recomputes_to_keep_less(
     model = MODEL.model_copy(update={**fields, "num_nextn_predict_layers": 1})
     here = shapes(model, layout, work)
     for with_experts in (False, True):
-        profiles = [layer_profile(here, experts=with_experts, recompute=way) for way in RECOMPUTE]  # type: ignore[arg-type]
+        profiles = [layer_profile(here, experts=with_experts, recompute=way) for way in RECOMPUTE]
         kept = [sum(profile.kept.values()) for profile in profiles]
         assert kept == sorted(kept, reverse=True)
         for profile in profiles:
@@ -143,8 +143,7 @@ def test_every_program_frees_all_it_takes_and_recomputes_to_keep_less(
             assert sum(profile.kept.values()) < sum(profile.backward_peak.values())
     (stage,) = stage_layers(model, layout)
     peaks = [
-        sum(peak_activations(here, stage, replace(work, recompute=way), in_flight=1).values())  # type: ignore[arg-type]
-        for way in RECOMPUTE
+        sum(peak_activations(here, stage, replace(work, recompute=way), in_flight=1).values()) for way in RECOMPUTE
     ]
     assert peaks[2] <= peaks[0]
 

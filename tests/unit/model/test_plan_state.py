@@ -76,7 +76,7 @@ def test_training_and_serving_take_turns() -> None:
 
 @pytest.mark.parametrize("name", ["glm45-air", "glm45"])
 def test_all_ranks_together_hold_every_parameter(name: str) -> None:
-    model: ModelConfig = preset(name)  # type: ignore[arg-type]
+    model: ModelConfig = preset(name)
     model = model.model_copy(update={"num_nextn_predict_layers": 0})
     (whole,) = (holding(model, LayoutConfig(), stage).parameters for stage in stage_layers(model, LayoutConfig()))
     for stages in (2, 4, 8):
