@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_klong.agent.worker import FinishedEpisode, Job
+from megatron_klong.processes import end_with_parent
 
 _STOP_SECONDS = 10.0
 
@@ -76,6 +77,7 @@ async def _episodes(job: Job, output: Path) -> AsyncIterator[FinishedEpisode]:
             stdout=PIPE,
             stderr=printed,
             start_new_session=True,  # Ctrl-C reaches it from here, once
+            preexec_fn=end_with_parent,  # not in the worker: its imports take seconds, in which we may be gone
         )
         assert worker.stdin is not None
         assert worker.stdout is not None

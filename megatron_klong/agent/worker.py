@@ -1,7 +1,7 @@
 """One Inspect AI evaluation in a process of its own: a job on stdin, a JSON line on stdout for every finished episode.
 
 Inspect allows one evaluation a process, so a collector runs several of these. Always: the record of an episode is on
-disk before its line is printed; the process ends when its parent does, and takes its sandboxes along.
+disk before its line is printed; ended by its parent's death, it takes its sandboxes along.
 """
 
 import os
@@ -19,7 +19,6 @@ from megatron_klong.agent.paper_task import load_task
 from megatron_klong.agent.records import record_of
 from megatron_klong.agent.task import episode_task, sample
 from megatron_klong.config import Config
-from megatron_klong.processes import end_with_parent
 from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.serve.turns import write_turns
 from megatron_klong.trajectory.episode import EPISODE_SUFFIX, write_episode
@@ -68,10 +67,6 @@ class FinishedEpisode(Config):
 
 
 def main() -> int:
-    parent = os.getppid()
-    end_with_parent()
-    if os.getppid() != parent:  # it ended before the line above
-        return 1
     # Inherited as ignored when the whole run was started in the background; then Inspect could not clean up.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # What libraries print must not come between the lines.

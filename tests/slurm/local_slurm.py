@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.ports import free_ports
+
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
 _START_SECONDS = 30.0
@@ -127,7 +129,7 @@ def local_slurm(*, nodes: int) -> Iterator[Slurm]:
 
 def _write_config(folder: Path, nodes: int) -> None:
     host = socket.gethostname().split(".")[0]
-    port, *node_ports = _free_ports(nodes + 1)
+    port, *node_ports = free_ports(nodes + 1)
     lines = [_NODE.format(number=n, host=host, port=p) for n, p in enumerate(node_ports, 1)]
     content = _CONFIG.format(host=host, port=port, folder=folder, nodes="\n".join(lines))
     (folder / "slurm.conf").write_text(content)
@@ -178,14 +180,6 @@ def _wait_for(what: str, ready: Callable[[], bool]) -> None:
 
 def _silent(slurm: Slurm) -> dict[str, object]:
     return {"env": slurm.environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
 
 
 def _search_path() -> str:

@@ -51,7 +51,7 @@ def test_cancelled_in_rollouts_it_leaves_no_process_and_submitted_again_it_compl
     slurm.run("scancel", job)
     slurm.wait(job, "CANCELLED", timeout_seconds=60)
     deadline = time.monotonic() + 30
-    while (left := processes_of(run)) and time.monotonic() < deadline:
+    while (left := processes_of(run.path)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
     (banked,) = run.contents.episodes.values()

@@ -3,10 +3,14 @@
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from examples.longhaul.corpus import training_texts
@@ -25,6 +29,7 @@ from megatron_klong.trajectory.replay import replay
 from megatron_klong.trajectory.schema import Reading, Role
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
+from tests.conftest import REPOSITORY
 from tests.integration.scripted_endpoint import Script, call, endpoint, say
 
 READ = call("read_file_chunk", file="/home/paper/paper.md")
@@ -68,7 +73,13 @@ def play(
     folder: Path, tokenizer: Path, task: Path, url: str, config: EpisodeConfig, model: str = "scripted"
 ) -> EpisodeRecord:
     """One episode in a worker process."""
-    job = Job(
+    given = job(folder, tokenizer, task, url, config, model)
+    (finished,) = collect([given], workers=1, output_folder=folder / "output")
+    return read_episode(Path(finished.record))
+
+
+def job(folder: Path, tokenizer: Path, task: Path, url: str, config: EpisodeConfig, model: str = "scripted") -> Job:
+    return Job(
         name=model,
         episodes=[Played(task_folder=str(task))],
         model=f"openai-api/teacher/{model}",
@@ -78,8 +89,6 @@ def play(
         log_folder=str(folder / "logs"),
         record_folder=str(folder / "records"),
     )
-    (finished,) = collect([job], workers=1, output_folder=folder / "output")
-    return read_episode(Path(finished.record))
 
 
 def play_script(folder: Path, tokenizer: Path, task: Path, script: Script, config: EpisodeConfig) -> EpisodeRecord:
@@ -256,3 +265,23 @@ def test_a_worker_that_cannot_run_is_an_error_that_names_its_output(
     (broken / "paper.md").unlink()
     with pytest.raises(CollectError, match=r"finished 0 of 1 episodes .*paper\.md: missing"):
         play(tmp_path, tokenizer, broken, "http://127.0.0.1:9/v1", settings())
+
+
+def test_a_worker_that_still_imports_ends_with_its_collector(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from megatron_klong.agent.collect import collect
+from megatron_klong.agent.worker import Job
+collect([Job.model_validate_json(sys.argv[1])], workers=1, output_folder=Path(sys.argv[2]))
+"""
+    given = job(tmp_path, tokenizer, tasks / "t10", "http://127.0.0.1:9/v1", settings())
+    collector = subprocess.Popen(
+        [sys.executable, "-c", program, given.model_dump_json(), str(tmp_path / "output")], cwd=REPOSITORY
+    )
+    while not (workers := psutil.Process(collector.pid).children()):
+        assert collector.poll() is None
+    collector.kill()
+    collector.wait()
+    time.sleep(1)  # its imports take longer; a zombie waits for whoever adopted it
+    assert [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE] == []

@@ -2,24 +2,21 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
+from tests.ports import free_port
 
 _SECONDS = 240
 
 
 def launch(script: Path, *arguments: str, processes: int) -> None:
     """Run to the end; a failure or a hang raises with the end of what was printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
     environment = {
         **os.environ,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,67 +28,63 @@ OTHER = ModelConfig(
 )
 # A layer for multi-token prediction behind the others.
 _MTP = {"num_nextn_predict_layers": 1}
-NEXT = CONFIG.model_copy(update=_MTP)
+NEXT, OTHER_NEXT = CONFIG.model_copy(update=_MTP), OTHER.model_copy(update=_MTP)
+MODELS = {"CONFIG": CONFIG, "OTHER": OTHER, "NEXT": NEXT, "OTHER_NEXT": OTHER_NEXT}
 WORKER = REPOSITORY / "tests/integration/model/worker.py"
-LAYOUTS = [
-    pytest.param(1, {}, CONFIG, 1e-5, id="one process"),
-    pytest.param(1, {}, OTHER, 1e-5, id="one process, other architecture"),
-    pytest.param(1, {}, NEXT, 1e-5, id="one process, MTP"),
-    pytest.param(1, {}, OTHER.model_copy(update=_MTP), 1e-5, id="one process, other architecture, MTP"),
-    pytest.param(2, {"tensor_parallel": 2, "expert_tensor_parallel": 2}, CONFIG, 1e-4, id="TP2 ETP2"),
-    pytest.param(2, {"tensor_parallel": 2}, OTHER, 1e-4, id="TP2 with whole experts, other architecture"),
-    pytest.param(2, {"tensor_parallel": 2}, NEXT, 1e-4, id="TP2, MTP"),
-    pytest.param(2, {"expert_parallel": 2}, CONFIG, 1e-4, id="EP2"),
-    pytest.param(2, {"pipeline_parallel": 2}, CONFIG, 1e-4, id="PP2"),
-    pytest.param(2, {"pipeline_parallel": 2}, NEXT, 1e-4, id="PP2, MTP"),
-    pytest.param(2, {"pipeline_parallel": 2, "layers_per_stage": [1, 3]}, OTHER, 1e-4, id="PP2 uneven"),
-    pytest.param(2, {"context_parallel": 2}, CONFIG, 1e-4, id="CP2"),
-    pytest.param(2, {"context_parallel": 2}, NEXT, 1e-4, id="CP2, MTP"),
-    pytest.param(
-        4, {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2}, CONFIG, 1e-4, id="TP2 EP2 ETP2"
-    ),
-    pytest.param(4, {"tensor_parallel": 2, "expert_parallel": 2}, CONFIG, 1e-4, id="TP2 EP2"),
-    pytest.param(4, {"tensor_parallel": 2, "pipeline_parallel": 2}, CONFIG, 1e-4, id="TP2 PP2"),
-    pytest.param(4, {"tensor_parallel": 2, "context_parallel": 2}, CONFIG, 1e-4, id="TP2 CP2"),
-]
+LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
+    "TP2 ETP2": (2, {"tensor_parallel": 2, "expert_tensor_parallel": 2}, ["CONFIG"]),
+    "TP2 with whole experts": (2, {"tensor_parallel": 2}, ["OTHER", "NEXT"]),
+    "EP2": (2, {"expert_parallel": 2}, ["CONFIG"]),
+    "PP2": (2, {"pipeline_parallel": 2}, ["CONFIG", "NEXT"]),
+    "PP2 uneven": (2, {"pipeline_parallel": 2, "layers_per_stage": [1, 3]}, ["OTHER"]),
+    "CP2": (2, {"context_parallel": 2}, ["CONFIG", "NEXT"]),
+    "TP2 EP2 ETP2": (4, {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2}, ["CONFIG"]),
+    "TP2 EP2": (4, {"tensor_parallel": 2, "expert_parallel": 2}, ["CONFIG"]),
+    "TP2 PP2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}, ["CONFIG"]),
+    "TP2 CP2": (4, {"tensor_parallel": 2, "context_parallel": 2}, ["CONFIG"]),
+}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("config", [CONFIG, OTHER.model_copy(update=_MTP)], ids=["", "other architecture, MTP"])
-def test_other_random_weights_give_the_same(tmp_path: Path, config: ModelConfig, seed: int) -> None:
-    _check(tmp_path, 1, {}, config, 1e-5, seed=seed)
+def test_one_process_computes_what_transformers_does_whatever_the_weights(tmp_path: Path) -> None:
+    folders = []
+    for name, config in MODELS.items():
+        for seed in (0, 1, 2):
+            folders.append(tmp_path / f"{name}-{seed}")
+            write_reference(folders[-1], config, seed=seed)
+    launch(WORKER, "{}", *map(str, folders), processes=1)
+    for folder in folders:
+        check(folder, 1e-5)
 
 
-@pytest.mark.parametrize(("processes", "layout", "config", "tolerance"), LAYOUTS)
-def test_logits_gradients_and_exported_weights_are_those_of_transformers(
-    tmp_path: Path, processes: int, layout: dict[str, int], config: ModelConfig, tolerance: float
-) -> None:
-    _check(tmp_path, processes, layout, config, tolerance)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_gradients_and_exported_weights_are_those_of_transformers(tmp_path: Path, layout: str) -> None:
+    processes, settings, names = LAYOUTS[layout]
+    for name in names:
+        write_reference(tmp_path / name, MODELS[name])
+    launch(WORKER, json.dumps(settings), *(str(tmp_path / name) for name in names), processes=processes)
+    for name in names:
+        check(tmp_path / name, 1e-4)
 
 
-def _check(
-    tmp_path: Path, processes: int, layout: dict[str, int], config: ModelConfig, tolerance: float, *, seed: int = 0
-) -> None:
-    write_reference(tmp_path, config, seed=seed)
-    launch(WORKER, str(tmp_path), json.dumps(layout), processes=processes)
-    reference = torch.load(tmp_path / "reference.pt")
+def check(folder: Path, tolerance: float) -> None:
+    reference = torch.load(folder / "reference.pt")
 
-    differences = json.loads((tmp_path / "out" / "figures.json").read_text())
+    differences = json.loads((folder / "out" / "figures.json").read_text())
     # the logits are up to 4 in size; "packed" stands for the windows one by one
-    assert max(differences.values()) < tolerance, differences
+    assert max(differences.values()) < tolerance, (folder.name, differences)
     assert differences.keys() == {"whole", "packed"}
 
     for case in differences:
-        found = load_file(tmp_path / "out" / f"gradients_{case}" / "model.safetensors")
+        found = load_file(folder / "out" / f"gradients_{case}" / "model.safetensors")
         expected = reference[case]["gradients"]
         relative = {
             name: ((found[name] - expected[name]).abs().max() / expected[name].abs().max()).item() for name in expected
         }
         worst = max(relative, key=relative.__getitem__)
-        assert relative[worst] < 1e-5, (case, worst, relative[worst])
+        assert relative[worst] < 1e-5, (folder.name, case, worst, relative[worst])
 
-    read = load_file(tmp_path / "weights" / "model.safetensors")
-    written = load_file(tmp_path / "out" / "exported" / "model.safetensors")
+    read = load_file(folder / "weights" / "model.safetensors")
+    written = load_file(folder / "out" / "exported" / "model.safetensors")
     assert written.keys() == read.keys()
     assert [name for name in read if not torch.equal(written[name], read[name])] == []
     assert [name for name in read if written[name].dtype != read[name].dtype] == []

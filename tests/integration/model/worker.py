@@ -1,6 +1,6 @@
-"""One process of a model under test: `worker.py FOLDER LAYOUT-AS-JSON`, beside the others under torchrun.
+"""One process of models under test: `worker.py LAYOUT-AS-JSON FOLDER...`, beside the others under torchrun.
 
-Reads FOLDER/weights and reference.pt; writes FOLDER/out: `exported` (the weights as read), `gradients_whole` and
+Reads each FOLDER/weights and reference.pt; writes FOLDER/out: `exported` (the weights as read), `gradients_whole` and
 `gradients_packed` (gradients in the place of weights) and `figures.json`.
 """
 
@@ -27,8 +27,14 @@ from torch import distributed
 from tests.integration.model.reference import WINDOWS, next_loss_mask
 
 
-def main(folder: Path, layout: LayoutConfig) -> None:
+def main(layout: LayoutConfig, folders: list[Path]) -> None:
     initialize(layout, seed=1)
+    for folder in folders:
+        work(folder, layout)
+    destroy()
+
+
+def work(folder: Path, layout: LayoutConfig) -> None:
     config = ModelConfig.from_hugging_face(folder / "weights")
     model = build_model(config, layout)
     reference = torch.load(folder / "reference.pt")
@@ -50,7 +56,6 @@ def main(folder: Path, layout: LayoutConfig) -> None:
     if distributed.get_rank() == 0:
         worst = {case: max(figure[case] for figure in everyone) for case in cases}
         (folder / "out" / "figures.json").write_text(json.dumps(worst))
-    destroy()
 
 
 def _batch(reference: dict[str, Any], case: str) -> dict[str, torch.Tensor]:
@@ -144,4 +149,4 @@ def _gradients(trained: Any, reference: dict[str, Any], case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), LayoutConfig.model_validate_json(sys.argv[2]))
+    main(LayoutConfig.model_validate_json(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])

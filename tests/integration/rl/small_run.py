@@ -137,11 +137,11 @@ def write_random_weights(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def processes_of(run: SmallRun) -> list[str]:
-    """Living processes that name the run in their command line or work for one that does."""
+def processes_of(folder: Path) -> list[str]:
+    """Living processes that name the folder in their command line."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or [])
-        if str(run.path) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
+        if str(folder) in command and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(command)
     return found

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_klong.rl.bank import read_sampled
@@ -39,9 +38,9 @@ def kill_when(process: "subprocess.Popen[str]", condition: Callable[[], bool], s
     process.wait()
 
 
-def assert_nothing_is_left(run: SmallRun, seconds: float = 15) -> None:
+def assert_nothing_is_left(folder: Path, seconds: float = 15) -> None:
     deadline = time.monotonic() + seconds
-    while (left := processes_of(run)) and time.monotonic() < deadline:
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
 
@@ -54,7 +53,7 @@ def test_killed_in_rollouts_and_in_training_it_loses_nothing_and_trains_nothing_
     # 1. killed once some episodes of the first iteration are in the bank
     process = run.start("--stage", "1")
     kill_when(process, lambda: 2 <= sum(map(len, run.contents.episodes.values())) < 8)
-    assert_nothing_is_left(run)
+    assert_nothing_is_left(run.path)
     banked = files_of(run.folder.bank / "episodes")
     (iteration,) = run.contents.episodes
     before = run.contents.episodes[iteration]
@@ -63,7 +62,7 @@ def test_killed_in_rollouts_and_in_training_it_loses_nothing_and_trains_nothing_
     # 2. continued, and killed between the two updates and the checkpoint
     process = run.start("--stage", "1")
     kill_when(process, lambda: len(run.metrics) >= 1)
-    assert_nothing_is_left(run)
+    assert_nothing_is_left(run.path)
     first_try = run.metrics[0]
     assert not list(run.folder.checkpoints.glob("step_*"))
     assert run.contents.consumed == {iteration: 2}  # marked before the checkpoint that never came
@@ -97,7 +96,7 @@ def test_killed_in_rollouts_and_in_training_it_loses_nothing_and_trains_nothing_
     assert process.returncode == 0, output
     assert time.monotonic() - started < 60
     assert "rollout" not in output
-    assert_nothing_is_left(run)
+    assert_nothing_is_left(run.path)
 
 
 def test_what_was_trained_is_what_was_sampled(run: SmallRun) -> None:
@@ -140,7 +139,7 @@ def test_what_cannot_be_used_is_refused_with_a_reason(
     output, _ = (process := run.start("--run_folder", str(tmp_path / "run"), *flags)).communicate(timeout=120)
     assert process.returncode == 2, output
     assert message in output
-    assert not list(psutil.Process().children(recursive=True))
+    assert_nothing_is_left(tmp_path)
 
 
 def test_the_second_stage_waits_for_the_first(tmp_path: Path, run: SmallRun) -> None:

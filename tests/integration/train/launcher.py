@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,20 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import REPOSITORY
+from tests.ports import free_port
 from tests.unit.train.builders import ROW_TOKENS
 
 
 def start(shard: Path, run_folder: Path, *flags: str, processes: int = 2) -> "subprocess.Popen[str]":
     """torchrun on loopback, one thread a process; `finish` or `kill` it."""
-    torchrun = ["torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    torchrun = ["torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     return _popen([*torchrun, "--nproc-per-node", str(processes), "-m", *_program(shard, run_folder, flags)])
 
 
 def start_each(shard: Path, run_folder: Path, *flags: str, processes: int = 2) -> "list[subprocess.Popen[str]]":
     """As srun does: every process by itself, so that each has an exit status and a screen of its own."""
     program = _program(shard, run_folder, flags)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     return [_popen(program, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
 
@@ -43,13 +43,6 @@ def _program(shard: Path, run_folder: Path, flags: Sequence[str]) -> list[str]:
     }
     defaults = [part for key, value in settings.items() for part in (f"--{key}", value)]
     return ["megatron_klong.train.sft", *defaults, *flags]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def _popen(
