@@ -49,6 +49,7 @@ class PackedBatch:
     positions: torch.Tensor  # [rows, tokens] int64, from 0 in each window
     labels: torch.Tensor  # [rows, tokens] int64, 0 where there is none
     loss_mask: torch.Tensor  # [rows, tokens] bool: whether the label is trained
+    groups: torch.Tensor  # [rows, tokens] int64: the group of the window that the label belongs to
     padding_mask: torch.Tensor  # [rows, tokens] bool: True is padding, as in Megatron
     cu_seqlens: torch.Tensor  # [windows + 1] int32
     longest_window_tokens: int
@@ -91,6 +92,7 @@ def pack(source: WindowSource, row: Sequence[int], *, row_tokens: int, window_mu
     """
     ids = torch.zeros(row_tokens, dtype=torch.int64)
     positions, labels = torch.zeros_like(ids), torch.zeros_like(ids)
+    groups = torch.zeros_like(ids)
     loss_mask = torch.zeros(row_tokens, dtype=torch.bool)
     padding_mask = torch.ones_like(loss_mask)
     bounds = [0]
@@ -107,6 +109,7 @@ def pack(source: WindowSource, row: Sequence[int], *, row_tokens: int, window_mu
         positions[start:end] = torch.arange(end - start)
         labels[start : stop - 1] = tokens[1:]
         loss_mask[start : stop - 1] = trained[1:]
+        groups[start:end] = window.group
         padding_mask[start:stop] = False
         bounds.append(end)
     if bounds[-1] < row_tokens:
@@ -117,6 +120,7 @@ def pack(source: WindowSource, row: Sequence[int], *, row_tokens: int, window_mu
         positions=positions[None],
         labels=labels[None],
         loss_mask=loss_mask[None],
+        groups=groups[None],
         padding_mask=padding_mask[None],
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         longest_window_tokens=max(stop - start for start, stop in pairwise(bounds)),

@@ -21,7 +21,12 @@ from megatron_klong.trajectory.segments import Segment
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype[np.generic]] = {1: np.dtype(np.uint8), 4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+_DTYPES: dict[int, np.dtype[np.generic]] = {
+    1: np.dtype(np.uint8),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
 # Megatron's own bound: above it, ids would wrap silently in 16 bits.
 _UINT16_VOCABULARY = 65500
 
@@ -127,30 +132,33 @@ def _byte_offsets(lengths: NDArray[np.int32], dtype: np.dtype[np.generic], token
 
 
 class IndexedReader:
-    """A memory-mapped `.bin`/`.idx` pair with modes.
+    """A memory-mapped `.bin`/`.idx` pair.
 
-    lengths [sequences] tokens; offsets [sequences] tokens; modes [sequences]; bounds [documents + 1] sequences.
+    lengths [sequences] tokens; offsets [sequences] tokens; bounds [documents + 1] sequences; modes [sequences], all 0
+    where it is read without.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, *, with_modes: bool = True) -> None:
         index_path, self._bin_path = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
         content = index_path.read_bytes()
         if len(content) < _HEADER.size:
             raise IndexedError(f"{index_path}: {len(content)} bytes, shorter than a header; preprocess again")
         magic, version, code, sequences, bounds = _HEADER.unpack_from(content)
         if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
-            raise IndexedError(f"{index_path}: not a Megatron index of version 1 with int32, uint16 or uint8 tokens")
-        expected = _HEADER.size + sequences * (4 + 8 + 1) + bounds * 8
+            raise IndexedError(f"{index_path}: not a Megatron index of version 1 with integer tokens")
+        without_modes = _HEADER.size + sequences * (4 + 8) + bounds * 8
+        expected = without_modes + sequences * with_modes
         if len(content) != expected:
             raise IndexedError(
-                f"{index_path}: {len(content)} bytes where {expected} were expected for {sequences} sequences with "
-                "modes; it was cut short, or written without modes: preprocess again"
+                f"{index_path}: {len(content)} bytes where {expected} were expected for {sequences} sequences "
+                f"with{'' if with_modes else 'out'} modes; it was cut short, or is of the other kind: preprocess again"
             )
         position = _HEADER.size
         self.lengths = np.frombuffer(content, np.int32, sequences, position)
         byte_offsets = np.frombuffer(content, np.int64, sequences, position + 4 * sequences)
         self.bounds = np.frombuffer(content, np.int64, bounds, position + 12 * sequences)
-        self.modes = np.frombuffer(content, np.int8, sequences, position + 12 * sequences + 8 * bounds)
+        modes = np.frombuffer(content, np.int8, offset=without_modes)
+        self.modes = modes if with_modes else np.zeros(sequences, np.int8)
         self.dtype = _DTYPES[code]
         self.offsets: NDArray[np.int64] = byte_offsets // self.dtype.itemsize
         expected_bytes = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize

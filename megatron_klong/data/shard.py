@@ -53,11 +53,15 @@ __all__ = ["Shard", "ShardError", "ShardWriter", "WindowTokens"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowTokens:
-    """ids [tokens] int32; loss_mask [tokens]: tokens to be predicted and trained on; new_start: first new position."""
+    """ids [tokens] int32; loss_mask [tokens]: tokens to be predicted and trained on; new_start: first new position.
+
+    group: which of the kinds of windows that a run reports on it belongs to.
+    """
 
     ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     new_start: int
+    group: int = 0
 
 
 class ShardWriter:

@@ -23,7 +23,7 @@ from megatron_klong.train import checkpoint
 from megatron_klong.train.checkpoint import CheckpointError, Progress, Setting
 from megatron_klong.train.config import OptimizerConfig
 from megatron_klong.train.export import export
-from megatron_klong.train.loop import figures
+from megatron_klong.train.figures import step_figures
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
 from megatron_klong.train.step import parts_of_this_process, train_step
@@ -50,7 +50,7 @@ def train_iteration(config: RlConfig, iteration_folder: Path) -> None:
                 mismatch = largest_mismatch(batches, trainee.training.device)
                 started = time.monotonic()
                 result = train_step(trainee.training, batches, objective(config.loss))
-                line = figures(result, seconds=time.monotonic() - started)
+                line = step_figures(result, seconds=time.monotonic() - started)
                 iteration = rows.lesson.iteration
                 log.write(
                     step, {"stage": iteration.stage, "iteration": iteration.number, "mismatch_max": mismatch, **line}

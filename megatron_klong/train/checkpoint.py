@@ -118,6 +118,7 @@ def load(checkpoint: Checkpoint, training: "Training", setting: Setting) -> None
     training.optimizer.load_state_dict(loaded["optimizer"])
     training.schedule.num_steps = 0  # loading adds to it
     training.schedule.load_state_dict(loaded["schedule"])
+    training.guard.load_state_dict(loaded["guard"])
     if same:
         _set_random_state(loaded["random"])
 
@@ -152,6 +153,7 @@ def _state(training: "Training", *, loading: bool, random: bool) -> dict[str, An
         "model": model,
         "optimizer": training.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "schedule": training.schedule.state_dict(),
+        "guard": training.guard.state_dict(),
     }
     return state | ({"random": _random_state()} if random else {})
 

@@ -1,11 +1,14 @@
 """What one can set about training; imports no torch."""
 
+import math
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_klong.config import Config
+from megatron_klong.config import Config, ConfigError
+from megatron_klong.data.blend import Blend
+from megatron_klong.data.sources import SourceConfig
 from megatron_klong.model.config import LayoutConfig, Precision, Recompute
 from megatron_klong.model.presets import PresetName
 
@@ -19,8 +22,10 @@ class OptimizerConfig(Config):
     """What the schedule ends with at the last step."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear rise from zero."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate falls after the warm-up; wsd: it stays (warm-up, stable), and falls in the last `decay_steps`."""
+    decay_steps: int | None = Field(default=None, gt=0)
+    """Of schedule wsd, by a cosine."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Of matrices; norms and biases have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -28,6 +33,11 @@ class OptimizerConfig(Config):
     epsilon: float = Field(default=1e-8, gt=0)
     clip_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a longer norm are scaled down to it."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """An update whose gradient norm is above so many times the median of the last 64 is skipped, as one is whose norm
+    is no finite number; without it, only those. The first 16 steps are no measure yet."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """So many updates may be skipped one after the other; with the next one the run ends as diverged."""
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> Self:
@@ -35,14 +45,31 @@ class OptimizerConfig(Config):
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}; lower it"
             )
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError('decay_steps: to be given with schedule = "wsd", and only with it')
         return self
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError unless warm-up and decay fit into so many steps."""
+        if self.warmup_steps + (self.decay_steps or 0) >= steps:
+            parts = "warmup_steps and decay_steps" if self.decay_steps else "warmup_steps"
+            length = self.warmup_steps + (self.decay_steps or 0)
+            raise ValueError(f"optimizer.{parts} {length} leaves nothing of {steps} steps; lower it")
 
 
 class SftConfig(Config):
     """One run of supervised fine-tuning."""
 
-    shards: tuple[str, ...] = Field(min_length=1)
-    """Prefixes of preprocessed shards; all of one tokenizer."""
+    shards: tuple[str, ...] = ()
+    """Prefixes of preprocessed shards, all of one tokenizer: short for one source of them."""
+    sources: dict[str, SourceConfig] = {}
+    """Instead: several, by name, blended by weight."""
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Of the tasks (of the transcripts, where they have none) held out; at least one, if it is above 0."""
+    validate_every_steps: int | None = Field(default=None, gt=0)
+    """How often the loss on what is held out is measured, besides before the first and after the last step."""
+    validation_rows: int | None = Field(default=None, gt=0)
+    """Measure it on so many packed rows, always the same ones. Without it: on all."""
     run_folder: str = "runs/sft"
     """Everything the run writes. A run found there is continued."""
     hugging_face_init: str | None = None
@@ -61,8 +88,10 @@ class SftConfig(Config):
     """What the backward pass computes again, to save memory: "mlp" (the MLPs and experts) or "full" (all layers)."""
     mtp_loss_weight: float = Field(default=0.1, ge=0)
     """Of the loss of a layer for multi-token prediction, where the model has one."""
-    steps: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Updates of the weights, those before a resume included."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Instead: as many steps as see so many times the trained tokens that the sources have together."""
     global_batch_rows: int = Field(default=8, gt=0)
     """Packed rows an update, over all data-parallel processes."""
     row_tokens: int = Field(gt=0)
@@ -82,15 +111,39 @@ class SftConfig(Config):
     """Curves for wandb, besides the JSON lines in the run folder."""
 
     @property
+    def all_sources(self) -> dict[str, SourceConfig]:
+        """By name, also where only shards are given."""
+        return self.sources or {"shards": SourceConfig(shards=self.shards)}
+
+    def steps_of(self, blend: Blend) -> int:
+        """Steps of a run on it. Raises ConfigError where the schedule does not fit into them."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        steps = math.ceil(blend.positions_of(self.epochs) / self.global_batch_rows)
+        try:
+            self.optimizer.check_steps(steps)
+        except ValueError as error:
+            raise ConfigError(f"epochs {self.epochs} are {steps} steps: {error}") from None
+        return steps
+
+    @property
     def checkpoints_folder(self) -> Path:
         return Path(self.run_folder) / "checkpoints"
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of {self.steps} steps; lower it"
-            )
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("steps and epochs: give one of them")
+        if self.steps is not None:
+            self.optimizer.check_steps(self.steps)
+        if bool(self.shards) == bool(self.sources):
+            raise ValueError("shards and sources: give one of them, with at least one entry")
+        trained = [source for source in self.sources.values() if source.validation_share != 1]
+        if not trained and not self.shards:
+            raise ValueError("sources: every one has validation_share 1, so none is left to train on")
+        if len({source.weight is None for source in trained}) > 1:
+            raise ValueError("sources.*.weight: give one to every source that is trained, or to none")
         if self.hugging_face_init and self.megatron_init:
             raise ValueError("hugging_face_init and megatron_init are both given; drop the one that is not to be used")
         self.layout.check_row(self.row_tokens)

@@ -43,3 +43,22 @@ def cross_entropy(given: LossInput) -> LossOutput:
     # where, not a product: an untrained position may hold an infinity, and 0 * inf is not a number
     losses = torch.where(mask, -given.log_probs, torch.zeros_like(given.log_probs))
     return LossOutput(loss_sum=losses.sum(), trained_tokens=mask.sum())
+
+
+def cross_entropy_by_group(groups: int) -> LossFunction:
+    """The same, reporting besides for each of so many groups of windows `group_loss/N` and `group_tokens/N`.
+
+    Both are shares of the batch: their ratio is the mean loss of the group's trained tokens.
+    """
+
+    def loss(given: LossInput) -> LossOutput:
+        output = cross_entropy(given)
+        mask = given.batch.loss_mask
+        chosen = given.batch.groups[mask]
+        losses = torch.zeros(groups, device=mask.device).index_add_(0, chosen, -given.log_probs.detach()[mask])
+        tokens = torch.bincount(chosen, minlength=groups).float()
+        sums = {f"group_loss/{group}": losses[group] for group in range(groups)}
+        sums |= {f"group_tokens/{group}": tokens[group] for group in range(groups)}
+        return LossOutput(loss_sum=output.loss_sum, trained_tokens=output.trained_tokens, metric_sums=sums)
+
+    return loss

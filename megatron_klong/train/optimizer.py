@@ -19,14 +19,16 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_klong.train import adam, padding
+from megatron_klong.train.balance import ExpertBalance
 from megatron_klong.train.config import OptimizerConfig
+from megatron_klong.train.guard import UpdateGuard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +37,10 @@ class Training:
 
     model: GPTModel
     wrapped: DistributedDataParallel
-    optimizer: Any  # megatron's MegatronOptimizer, which has no types
+    optimizer: Any  # megatron's ChainedOptimizer, which has no types
     schedule: OptimizerParamScheduler
+    balance: ExpertBalance
+    guard: UpdateGuard
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +51,23 @@ class Training:
     def learning_rate(self) -> float:
         """Of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def prepare_gradients(self) -> float:
+        """Hand the reduced gradients to the optimizer; their norm over the whole model."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    @torch.no_grad()
+    def update(self, grad_norm: float) -> None:
+        """One update by the gradients prepared, which have this norm.
+
+        With `prepare_gradients` it does what the optimizer's own `step` does, which lets nobody see the norm between.
+        """
+        for optimizer in self.optimizer.chained_optimizers:
+            if parameters := optimizer.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
 
 
 def make_trainable(model: GPTModel, config: OptimizerConfig, *, steps: int) -> Training:
@@ -64,9 +85,17 @@ def make_trainable(model: GPTModel, config: OptimizerConfig, *, steps: int) -> T
     adam.use_where_missing()
     padding.mend_router()
     optimizer = megatron_optimizer.get_megatron_optimizer(_optimizer_config(model, config), [wrapped])
-    model.config.finalize_model_grads_func = finalize_model_grads
+    balance = ExpertBalance([model])
+    model.config.finalize_model_grads_func = balance.finalize
     model.config.grad_scale_func = optimizer.scale_loss
-    return Training(model=model, wrapped=wrapped, optimizer=optimizer, schedule=_schedule(optimizer, config, steps))
+    return Training(
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=_schedule(optimizer, config, steps),
+        balance=balance,
+        guard=UpdateGuard(spike_factor=config.spike_factor, max_skipped=config.max_skipped_steps),
+    )
 
 
 def _in_bf16(model: GPTModel) -> Float16Module:
@@ -112,7 +141,9 @@ def _schedule(optimizer: Any, config: OptimizerConfig, steps: int) -> OptimizerP
         min_lr=config.min_learning_rate,
         lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=steps,
-        lr_decay_style=config.schedule,
+        lr_decay_style="WSD" if config.schedule == "wsd" else config.schedule,
+        wsd_decay_steps=config.decay_steps,
+        lr_wsd_decay_style="cosine",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=steps,

@@ -17,16 +17,17 @@ from pathlib import Path
 
 from megatron_klong.config import ConfigError, parse_command_line
 from megatron_klong.data.indexed import IndexedError
+from megatron_klong.data.mixture import Mixture, open_mixture
 from megatron_klong.data.packing import PackingError
 from megatron_klong.data.shard import ShardError
 from megatron_klong.model.checkpoint_folder import find_checkpoint
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.presets import preset
 from megatron_klong.processes import end_with_launcher
-from megatron_klong.train.checkpoint import CheckpointError, latest
+from megatron_klong.train.checkpoint import CheckpointError
 from megatron_klong.train.config import SftConfig
 from megatron_klong.train.metrics import check_wandb
-from megatron_klong.train.rows import Shards, TrainingRows
+from megatron_klong.train.plan import data_parallel_size, plan, world_size
 
 PROGRAM = "python -m megatron_klong.train.sft"
 DIVERGED = 3  # exit status
@@ -39,28 +40,32 @@ def main(arguments: Sequence[str]) -> int:
     try:
         check_processes(command.config)
         check_wandb(command.config.wandb)
-        rows = read_rows(command.config)
-        model_config = read_model_config(command.config, rows)
+        data = open_data(command.config)
+        model_config = read_model_config(command.config, data)
         if command.dry_run:
-            print(plan(command.config, rows))  # below the resolved settings
+            print(plan(command.config, model_config, data))  # below the resolved settings
             return 0
-        return train(command.config, model_config, rows)
+        return train(command.config, model_config, data)
     except (ConfigError, ShardError, IndexedError, PackingError, CheckpointError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
 
 
-def read_rows(config: SftConfig) -> TrainingRows:
-    """Open the shards and pack their windows."""
-    return TrainingRows(
-        Shards(config.shards),
+def open_data(config: SftConfig) -> Mixture:
+    """Open the sources, and pack a first round of rows, whatever is wrong with them."""
+    data = open_mixture(
+        config.all_sources,
         row_tokens=config.row_tokens,
         seed=config.seed,
+        validation_share=config.validation_share,
         window_multiple=config.layout.window_multiple,
+        verify=os.environ.get("RANK", "0") == "0",  # one process reads all there is
     )
+    data.train.row_at(0)
+    return data
 
 
-def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> int:
+def train(config: SftConfig, model_config: ModelConfig, data: Mixture) -> int:
     """Run, and return the exit status; heavy imports start here."""
     quiet_libraries()
     from megatron_klong.model.hugging_face import WeightsError
@@ -68,7 +73,7 @@ def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> i
     from megatron_klong.train.step import TrainingDiverged
 
     try:
-        run_sft(config, model_config, rows)
+        run_sft(config, model_config, data)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     except TrainingDiverged as error:
@@ -77,35 +82,29 @@ def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> i
     return 0
 
 
-def processes() -> int:
-    """As the launcher says; alone without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def data_parallel(config: SftConfig) -> int:
-    """Processes that share the rows of a batch."""
-    layout = config.layout
-    return processes() // (layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel)
-
-
 def check_processes(config: SftConfig) -> None:
     """Raises ConfigError where layout or batch do not come out even on the processes there are."""
-    config.layout.check_world_size(processes())
-    if config.global_batch_rows % data_parallel(config):
+    config.layout.check_world_size(world_size())
+    shares = data_parallel_size(config)
+    if config.global_batch_rows % shares:
         raise ConfigError(
-            f"global_batch_rows {config.global_batch_rows} is no multiple of the {data_parallel(config)} data-parallel "
-            "processes; change one of them"
+            f"global_batch_rows {config.global_batch_rows} is no multiple of the {shares} data-parallel processes; "
+            "change one of them"
         )
 
 
-def read_model_config(config: SftConfig, rows: TrainingRows) -> ModelConfig:
+def read_model_config(config: SftConfig, data: Mixture) -> ModelConfig:
     """The model to train. Raises CheckpointError; ConfigError if it lacks ids of the shards or cannot be divided."""
-    vocabulary_size = rows.shards.vocabulary_size
+    vocabulary_size = data.vocabulary_size
     folder = config.hugging_face_init or config.megatron_init
     if config.hugging_face_init:
         model = ModelConfig.from_hugging_face(config.hugging_face_init)
     elif config.megatron_init:
         model = find_checkpoint(Path(config.megatron_init)).model
+    elif not vocabulary_size:
+        raise ConfigError(
+            "sources: plain documents do not say how many ids they need; give hugging_face_init or megatron_init"
+        )
     elif config.shape:
         model = ModelConfig.from_hugging_face(config.shape).with_vocabulary(vocabulary_size)
     else:
@@ -117,26 +116,6 @@ def read_model_config(config: SftConfig, rows: TrainingRows) -> ModelConfig:
         )
     config.layout.check_model(model)
     return model.model_copy(update={"mtp_loss_weight": config.mtp_loss_weight})
-
-
-def plan(config: SftConfig, rows: TrainingRows) -> str:
-    """What a run would do."""
-    shards = rows.shards
-    tokens = sum(shards.lengths_tokens)
-    padding = 1 - tokens / (len(rows.rows) * config.row_tokens)
-    found, passed_over = latest(config.checkpoints_folder)
-    share = config.global_batch_rows // data_parallel(config)
-    random = f"random weights, {config.shape or config.preset}"
-    lines = [
-        f"data: {len(shards):,} windows of {tokens:,} tokens, {shards.trained_tokens:,} trained, in {len(rows.rows):,} "
-        f"rows of {config.row_tokens:,} ({padding:.1%} padding)",
-        f"processes: {processes()}, of them {data_parallel(config)} data parallel with {share} rows a step each",
-        f"steps: {config.steps:,} of {config.global_batch_rows} rows, "
-        f"{config.steps * config.global_batch_rows / len(rows.rows):.2f} epochs",
-        f"start: {found.folder if found else config.hugging_face_init or config.megatron_init or random}",
-        *(f"passed over: {reason}" for reason in passed_over),
-    ]
-    return "\n".join(f"# {line}" for line in lines)
 
 
 def quiet_libraries() -> None:

@@ -8,8 +8,8 @@ Always (tests/integration/train/test_sft.py): the loss is the sum over the train
 by their number, and so is its gradient, however rows are packed and shared out.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ _LOSS = "loss"
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or gradient that is no finite number, or a batch that trains nothing; the weights are spoilt.
+    """Losses or gradients that are no finite numbers, or too long, once too often; or a batch that trains nothing.
 
     Its figures are those of the global batch, so every process raises it, at the same step.
     """
@@ -45,39 +45,69 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """Of one global batch, the same on every process. tokens: without padding; metrics: means per trained token."""
+    """Of one global batch, the same on every process. tokens: without padding; metrics: means per trained token.
+
+    skipped: no update was made; skipped_steps: so far. expert_load: `ExpertBalance.largest_load`.
+    """
 
     loss: float
     trained_tokens: int
     tokens: int
     grad_norm: float
     learning_rate: float
+    skipped: bool
+    skipped_steps: int
+    expert_load: float
     metrics: Mapping[str, float]
 
 
 def train_step(training: Training, batches: Sequence[PackedBatch], loss_function: LossFunction) -> StepResult:
-    """Update the weights once on the global batch that this process holds `batches` of. Raises TrainingDiverged."""
+    """Update the weights once on the global batch that this process holds `batches` of. Raises TrainingDiverged.
+
+    An update that the guard does not accept is skipped: weights, optimizer and balance of the experts stay as they
+    were; the schedule goes on.
+    """
     learning_rate = training.learning_rate
     training.wrapped.zero_grad_buffer()
     training.optimizer.zero_grad()
-    sums = forward_backward(training, batches, loss_function)
-    updated, grad_norm, _ = training.optimizer.step()
+    totals = _global_totals(forward_backward(training, batches, loss_function), training.device)
+    means = _means(totals)
+    grad_norm = training.prepare_gradients()
+    accepted = training.guard.accepts(means[_LOSS], grad_norm)
+    if accepted:
+        training.update(grad_norm)
+    else:
+        training.balance.undo()
     training.schedule.step(1)
-    means = _global_means(sums, training.device)
-    if not (updated and means[_TRAINED] and math.isfinite(means[_LOSS]) and math.isfinite(grad_norm)):
+    if training.guard.gives_up or not totals[_TRAINED]:
         raise TrainingDiverged(
-            f"step {training.schedule.num_steps} diverged: loss {means[_LOSS]}, gradient norm {float(grad_norm)}, "
-            f"{means[_TRAINED]:.0f} trained tokens; start again to go on from the last checkpoint; if this comes back, "
-            "delete that one and lower the learning rate"
+            f"step {training.schedule.num_steps} diverged: loss {means[_LOSS]}, gradient norm {grad_norm}, "
+            f"{totals[_TRAINED]:.0f} trained tokens, {training.guard.skipped} steps skipped so far; start again to go "
+            "on from the last checkpoint; if this comes back, delete that one and lower the learning rate"
         )
     return StepResult(
         loss=means.pop(_LOSS),
-        trained_tokens=int(means.pop(_TRAINED)),
-        tokens=int(means.pop(_TOKENS)),
-        grad_norm=float(grad_norm),
+        trained_tokens=int(totals[_TRAINED]),
+        tokens=int(totals[_TOKENS]),
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
+        skipped=not accepted,
+        skipped_steps=training.guard.skipped,
+        expert_load=training.balance.largest_load(),
         metrics=means,
     )
+
+
+def evaluate(
+    training: Training, portions: Iterable[Sequence[PackedBatch]], loss_function: LossFunction
+) -> dict[str, float]:
+    """Means per trained token over all portions, `loss` among them; nothing is changed."""
+    totals: Counter[str] = Counter()
+    for batches in portions:
+        with torch.no_grad():
+            sums = forward_backward(training, batches, loss_function, forward_only=True)
+        totals.update(_global_totals(sums, training.device))
+    return _means(totals)
 
 
 def forward_backward(
@@ -160,8 +190,8 @@ def _loss(
     return output.loss_sum, output.trained_tokens.int(), sums
 
 
-def _global_means(sums: Sequence[Sums], device: torch.device) -> dict[str, float]:
-    """Sums of this process -> figures of the global batch, on every process: means per trained token, and counts."""
+def _global_totals(sums: Sequence[Sums], device: torch.device) -> dict[str, float]:
+    """Sums of this process -> sums of the global batch, on every process."""
     names: list[str] = []
     total = torch.empty(0)
     if parallel_state.is_pipeline_last_stage():
@@ -175,6 +205,10 @@ def _global_means(sums: Sequence[Sums], device: torch.device) -> dict[str, float
         group = parallel_state.get_pipeline_model_parallel_group()
         torch.distributed.broadcast_object_list(values, src=last, group=group, device=device)
     totals: dict[str, float] = values[0]
-    counts = (_TRAINED, _TOKENS)
+    return totals
+
+
+def _means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Per trained token; without the counts."""
     trained = max(totals[_TRAINED], 1.0)
-    return {name: value if name in counts else value / trained for name, value in totals.items()}
+    return {name: value / trained for name, value in totals.items() if name not in (_TRAINED, _TOKENS)}

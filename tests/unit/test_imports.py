@@ -29,7 +29,7 @@ WITHOUT_TORCH = [
     "megatron_klong.model.conversion.program",
     "megatron_klong.model.planner.program",
     "megatron_klong.train.config",
-    "megatron_klong.train.rows",
+    "megatron_klong.data.mixture",
     "megatron_klong.serve.provider",
     "megatron_klong.serve.app",
     "megatron_klong.serve.launch",

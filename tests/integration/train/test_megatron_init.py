@@ -12,11 +12,10 @@ from megatron_klong.model.config import LayoutConfig
 from megatron_klong.model.conversion.export_checkpoint import export_checkpoint
 from megatron_klong.model.conversion.import_checkpoint import import_checkpoint
 from megatron_klong.model.presets import tiny
-from megatron_klong.train.rows import Shards
 from tests.conftest import REPOSITORY
 from tests.integration.model.weights import assert_same_weights, write_weights
 from tests.integration.train.launcher import finish, start
-from tests.unit.train.builders import ROW_TOKENS, small_shard
+from tests.unit.train.builders import ROW_TOKENS, mixture_of, small_shard
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("init")
-    config = tiny(Shards([shard]).vocabulary_size).model_copy(update={"use_qk_norm": True})
+    config = tiny(mixture_of(shard).vocabulary_size).model_copy(update={"use_qk_norm": True})
     weights = write_weights(folder / "weights", config)
     layout = LayoutConfig(tensor_parallel=2, pipeline_parallel=2)
     return import_checkpoint(weights, folder / "checkpoint", layout, processes=1).folder

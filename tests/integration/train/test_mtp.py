@@ -14,15 +14,14 @@ from megatron_klong.train.config import OptimizerConfig
 from megatron_klong.train.loss import cross_entropy
 from megatron_klong.train.metrics import read_metrics
 from megatron_klong.train.optimizer import make_trainable
-from megatron_klong.train.rows import Shards, TrainingRows
 from megatron_klong.train.step import train_step
 from tests.integration.train.launcher import finish, start
-from tests.unit.train.builders import ROW_TOKENS, small_shard
+from tests.unit.train.builders import mixture_of, small_shard
 
 
 def test_it_is_trained_on_the_last_of_two_stages_and_exported_with_its_copies(tmp_path: Path) -> None:
     shard = small_shard(tmp_path / "sft")
-    vocabulary = Shards([shard]).vocabulary_size
+    vocabulary = mixture_of(shard).vocabulary_size
     shape = tiny(vocabulary).model_copy(update={"num_nextn_predict_layers": 1})
     (tmp_path / "config.json").write_text(json.dumps(shape.to_hugging_face()))
     flags = ["--shape", str(tmp_path / "config.json"), "--layout.pipeline_parallel", "2", "--steps", "12"]
@@ -42,16 +41,17 @@ def test_it_is_trained_on_the_last_of_two_stages_and_exported_with_its_copies(tm
 
 def test_with_no_weight_in_the_loss_it_stays_bit_for_bit_as_it_is(tmp_path: Path) -> None:
     shard = small_shard(tmp_path / "sft")
-    rows = TrainingRows(Shards([shard]), row_tokens=ROW_TOKENS, seed=0)
+    data = mixture_of(shard)
+    rows = data.train.rows_of(0)[:2]
     moved: dict[float, set[str]] = {}
     for weight in (0.0, 0.1):
         changes = {"num_nextn_predict_layers": 1, "mtp_loss_weight": weight}
         initialize(LayoutConfig(), seed=3)
         try:
-            model = build_model(tiny(rows.shards.vocabulary_size).model_copy(update=changes), LayoutConfig())
+            model = build_model(tiny(data.vocabulary_size).model_copy(update=changes), LayoutConfig())
             training = make_trainable(model, OptimizerConfig(weight_decay=0.0), steps=1)
             before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-            train_step(training, rows.batches(0, 2, part=0, parts=1), cross_entropy)
+            train_step(training, data.train.batches(rows, part=0, parts=1), cross_entropy)
             after = dict(model.named_parameters())
             moved[weight] = {name for name in before if not torch.equal(before[name], after[name])}
         finally:

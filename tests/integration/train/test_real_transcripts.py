@@ -6,13 +6,13 @@ from pathlib import Path
 from megatron_klong.data.preprocess import preprocess
 from megatron_klong.data.shard import Shard
 from megatron_klong.train.metrics import read_metrics
-from megatron_klong.train.rows import Shards, TrainingRows
 from megatron_klong.trajectory.context import ContextPolicy
 from megatron_klong.trajectory.importers import read_transcripts, transcript_files
 from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from tests.integration.train.launcher import finish, start
+from tests.unit.train.builders import mixture_of
 
 STEPS = 20
 WINDOW_TOKENS = 4608  # tools and task of the longest one take 3,700
@@ -55,10 +55,11 @@ def test_real_transcripts_train_for_20_steps_and_every_trained_token_is_accounte
     assert abs(lines[0]["loss"] - math.log(tokenizer.vocabulary_size)) < 0.5
     assert sum(line["loss"] for line in lines[-3:]) / 3 < lines[0]["loss"] - 1.5
 
-    rows = TrainingRows(Shards([prefix]), row_tokens=WINDOW_TOKENS, seed=0)
-    assert len(rows.rows) <= 2 * STEPS  # so the run saw everything at least once
+    rows = mixture_of(prefix, row_tokens=WINDOW_TOKENS).train
+    count = len(rows.rows_of(0))
+    assert count <= 2 * STEPS  # so the run saw everything at least once
     trained = Shard(prefix).column("trained_tokens")
-    assert sum(trained[window] for n in range(len(rows.rows)) for window in rows.row_at(n)) == report.trained_tokens
+    assert sum(trained[window] for n in range(count) for window in rows.row_at(n)) == report.trained_tokens
     for number, line in enumerate(lines):
         windows = [window for position in (2 * number, 2 * number + 1) for window in rows.row_at(position)]
         assert line["trained_tokens"] == sum(trained[window] for window in windows)

@@ -6,19 +6,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_klong.data.indexed import IndexedWriter
+from megatron_klong.data.mixture import open_mixture
+from megatron_klong.data.sources import SourceConfig
 from megatron_klong.model.presets import tiny
 from megatron_klong.train.config import OptimizerConfig, SftConfig
 from megatron_klong.train.metrics import FILE, read_metrics
-from megatron_klong.train.rows import Shards, TrainingRows
 from tests.conftest import REPOSITORY
 from tests.integration.train.launcher import finish, kill, start
-from tests.unit.train.builders import ROW_TOKENS, small_shard
+from tests.unit.train.builders import ROW_TOKENS, mixture_of, small_shard
 
 if TYPE_CHECKING:
     from transformers import Glm4MoeForCausalLM
@@ -98,7 +102,10 @@ def test_a_run_goes_on_in_another_layout(layout: str, shard: Path, undisturbed: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--seed", "5"], "its run had other rows (shards, row_tokens or seed have changed)"),
+        (
+            ["--seed", "5"],
+            "its run had other rows (sources, weights, validation_share, row_tokens or seed have changed)",
+        ),
         (["--layout.expert_parallel", "2"], "goes on only from another such"),
     ],
 )
@@ -132,14 +139,20 @@ def test_loss_and_gradient_of_a_global_batch_are_the_handwritten_ones(
     layout: str, shard: Path, reference: "tuple[Path, Glm4MoeForCausalLM]", tmp_path: Path
 ) -> None:
     weights, model = reference
-    loss, grad_norm, trained_tokens = handwritten(model, shard, window_multiple=4 if layout == "context" else 1)
+    sources = blended(shard, tmp_path / "plain")
+    expected = handwritten(model, sources, window_multiple=4 if layout == "context" else 1)
     flags = [] if layout == "data" else [f"--layout.{layout}_parallel", "2"]
+    for name, source in sources.items():
+        flags += [f"--sources.{name}.shards", json.dumps(source.shards), f"--sources.{name}.kind", source.kind]
+        flags += [f"--sources.{name}.weight", str(source.weight)]
     folder = tmp_path / "run"
-    finish(start(shard, folder, "--steps", "1", "--hugging_face_init", str(weights), *flags))
-    line = read_metrics(folder)[0]
-    assert line["trained_tokens"] == trained_tokens
-    assert line["loss"] == pytest.approx(loss, rel=1e-5)
-    assert line["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+    finish(start(shard, folder, "--shards", "[]", "--steps", "1", "--hugging_face_init", str(weights), *flags))
+    (line,) = read_metrics(folder)
+    assert line["trained_tokens"] == expected.trained_tokens
+    assert line["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-4)
+    by_source = {name: line[f"loss/{name}"] for name in sources}
+    assert by_source == pytest.approx(expected.by_source, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +161,7 @@ def reference(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[P
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     folder = tmp_path_factory.mktemp("weights")
-    (folder / "config.json").write_text(json.dumps(tiny(Shards([shard]).vocabulary_size).to_hugging_face()))
+    (folder / "config.json").write_text(json.dumps(tiny(mixture_of(shard).vocabulary_size).to_hugging_face()))
     torch.manual_seed(1)
     model = Glm4MoeForCausalLM(Glm4MoeConfig.from_pretrained(folder, attn_implementation="eager"))
     for parameter in model.parameters():  # far from zero, so that a wrong gradient cannot hide
@@ -157,24 +170,52 @@ def reference(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[P
     return folder, model
 
 
-def handwritten(model: "Glm4MoeForCausalLM", shard: Path, *, window_multiple: int) -> tuple[float, float, int]:
+def blended(shard: Path, plain: Path) -> dict[str, SourceConfig]:
+    """Sub-trajectories, and plain documents that are mostly longer than a row."""
+    with plain.with_name("plain.bin").open("wb") as file:
+        writer = IndexedWriter(file, vocabulary_size=256, with_modes=False)
+        for number in range(6):
+            writer.add_sequences(np.arange(100 + 90 * number) * (number + 3) % 251, [100 + 90 * number], ())
+    with plain.with_name("plain.idx").open("wb") as file:
+        writer.write_index(file)
+    return {
+        "trajectories": SourceConfig(shards=(str(shard),), weight=0.3),
+        "texts": SourceConfig(shards=(str(plain),), weight=0.7, kind="documents"),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    loss: float
+    grad_norm: float
+    trained_tokens: int
+    by_source: dict[str, float]
+
+
+def handwritten(model: "Glm4MoeForCausalLM", sources: dict[str, SourceConfig], *, window_multiple: int) -> Expected:
     """Of the first global batch: the sum over its trained tokens, window by window, by their number; its gradient."""
-    shards = Shards([shard])
-    rows = TrainingRows(shards, row_tokens=ROW_TOKENS, seed=0, window_multiple=window_multiple)
-    total, trained = torch.zeros(()), 0
+    rows = open_mixture(sources, row_tokens=ROW_TOKENS, seed=0, window_multiple=window_multiple).train
+    totals, trained = torch.zeros(2), [0, 0]
     for position in range(4):
         for number in rows.row_at(position):
-            window = shards.window(number)
+            window = rows.window(number)
             ids, mask = torch.from_numpy(window.ids).long(), torch.from_numpy(window.loss_mask)
             log_probs = torch.log_softmax(model(ids[None]).logits[0], dim=-1)
+            source = int(number >= len(rows.parts[0].windows))
             for place in mask.nonzero().flatten().tolist():
-                total = total - log_probs[place - 1, ids[place]]
-                trained += 1
-    loss = total / trained
+                totals[source] = totals[source] - log_probs[place - 1, ids[place]]
+                trained[source] += 1
+    assert min(trained) > 0
+    loss = totals.sum() / sum(trained)
     model.zero_grad()
     loss.backward()
     squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
-    return loss.item(), float(torch.stack(squares).sum().sqrt()), trained
+    return Expected(
+        loss=loss.item(),
+        grad_norm=float(torch.stack(squares).sum().sqrt()),
+        trained_tokens=sum(trained),
+        by_source={name: totals[n].item() / trained[n] for n, name in enumerate(sources)},
+    )
 
 
 def run_alone(*flags: str) -> "subprocess.CompletedProcess[str]":
@@ -204,8 +245,8 @@ def test_a_dry_run_prints_the_plan_imports_no_torch_and_writes_nothing(shard: Pa
     config.write_text(f'shards = ["{shard}"]\nrow_tokens = 256\nsteps = 10\nrun_folder = "{tmp_path / "run"}"\n')
     made = run_alone(str(config), "--dry-run", "--global_batch_rows", "2")
     assert made.returncode == 0, made.stderr
-    assert "# steps: 10 of 2 rows" in made.stdout
-    assert "% padding" in made.stdout
+    assert "# steps: 10, about" in made.stdout
+    assert "% full" in made.stdout
     assert "# start: random weights, tiny" in made.stdout
     assert not (tmp_path / "run").exists()
     assert not imported(made) & HEAVY
@@ -222,7 +263,7 @@ def test_a_dry_run_prints_the_plan_imports_no_torch_and_writes_nothing(shard: Pa
         (["--layout.context_parallel", "2", "--row_tokens", "250"], "row_tokens 250 is no multiple of"),
         (["--shards", '["nowhere/sft"]'], "there is no finished shard at this prefix"),
         (["--hugging_face_init", "nowhere"], "nowhere: not readable"),
-        (["--shards", "[]"], "shards = []"),
+        (["--shards", "[]"], "shards and sources: give one of them"),
     ],
 )
 def test_what_a_user_gets_wrong_is_named(flags: list[str], message: str, shard: Path, tmp_path: Path) -> None:

@@ -2,13 +2,21 @@
 
 from pathlib import Path
 
+from megatron_klong.data.mixture import Mixture, open_mixture
 from megatron_klong.data.shard import ShardWriter
+from megatron_klong.data.sources import SourceConfig
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.tokenizer import Tokenizer
 from megatron_klong.trajectory.windows import split
 from tests.unit.trajectory.builders import assistant, bash, byte_tokenizer, policy, tool, transcript, user
 
 ROW_TOKENS = 256
+
+
+def mixture_of(*prefixes: Path, row_tokens: int = ROW_TOKENS, seed: int = 0, window_multiple: int = 1) -> Mixture:
+    """As the SFT program opens them by default."""
+    source = SourceConfig(shards=tuple(map(str, prefixes)))
+    return open_mixture({"shards": source}, row_tokens=row_tokens, seed=seed, window_multiple=window_multiple)
 
 
 def small_shard(prefix: Path, tokenizer: Tokenizer | None = None) -> Path:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_klong.data.batch import PackedBatch
-from megatron_klong.train.loss import LossInput, cross_entropy
+from megatron_klong.train.loss import LossInput, cross_entropy, cross_entropy_by_group
 
 
-def batch(mask: list[list[bool]]) -> PackedBatch:
+def batch(mask: list[list[bool]], groups: list[list[int]] | None = None) -> PackedBatch:
     loss_mask = torch.tensor(mask)
     zeros = torch.zeros(loss_mask.shape, dtype=torch.int64)
     return PackedBatch(
@@ -17,6 +17,7 @@ def batch(mask: list[list[bool]]) -> PackedBatch:
         positions=zeros,
         labels=zeros,
         loss_mask=loss_mask,
+        groups=zeros if groups is None else torch.tensor(groups),
         padding_mask=torch.zeros_like(loss_mask),
         cu_seqlens=torch.tensor([0, loss_mask.numel()], dtype=torch.int32),
         longest_window_tokens=loss_mask.numel(),
@@ -61,3 +62,14 @@ def test_an_infinity_where_nothing_is_trained_does_no_harm() -> None:
 def test_nothing_trained_is_a_loss_of_zero_over_zero_tokens() -> None:
     output = cross_entropy(LossInput(log_probs=torch.tensor([[-1.0]]), batch=batch([[False]])))
     assert (output.loss_sum.item(), output.trained_tokens.item()) == (0.0, 0)
+
+
+def test_by_group_each_trained_token_counts_for_the_group_of_its_window() -> None:
+    log_probs = -math.log(2) * torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    given = batch([[True, False, True, True, False]], [[0, 0, 2, 2, 1]])
+    plain = cross_entropy(LossInput(log_probs=log_probs, batch=given))
+    output = cross_entropy_by_group(3)(LossInput(log_probs=log_probs, batch=given))
+    assert output.loss_sum.item() == plain.loss_sum.item()
+    sums = {name: round(value.item() / math.log(2), 4) for name, value in output.metric_sums.items() if "loss" in name}
+    assert sums == {"group_loss/0": 1.0, "group_loss/1": 0.0, "group_loss/2": 7.0}
+    assert [output.metric_sums[f"group_tokens/{group}"].item() for group in range(3)] == [1, 0, 2]
