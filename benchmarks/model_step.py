@@ -95,7 +95,7 @@ def transformers_model(model: GPTModel, config: ModelConfig) -> Any:
     from transformers import Glm4MoeForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        save_hugging_face(model, config, Path(folder) / "weights")
+        save_hugging_face([model], config, Path(folder) / "weights")
         return Glm4MoeForCausalLM.from_pretrained(Path(folder) / "weights").train()
 
 

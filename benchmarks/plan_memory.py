@@ -160,7 +160,7 @@ def prepare(case: Case, shares: list[float]) -> Any:
     layout = LayoutConfig(**case.layout)
     initialize(layout, seed=0)
     model = build_model(case.config, layout, precision=case.precision, recompute=case.recompute)
-    training = make_trainable(model, OptimizerConfig(), steps=10)
+    training = make_trainable([model], OptimizerConfig(), steps=10)
     parts = parts_of_this_process(random_batches(case))
     train_step(training, parts, cross_entropy)
     gc.collect()  # the first step leaves cycles behind, and when Python sees to them is a matter of chance

@@ -35,6 +35,17 @@ _RECOMPUTED: dict[Recompute, dict[str, Any]] = {
 logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
 
 
+def build_chunks(
+    config: ModelConfig, layout: LayoutConfig, *, precision: Precision = "fp32", recompute: Recompute = "none"
+) -> list[GPTModel]:
+    """All that this process holds of the model, as `build_model` builds it: a chunk for each of its virtual stages."""
+    virtual = layout.virtual_pipeline_parallel
+    return [
+        build_model(config, layout, precision=precision, recompute=recompute, vp_stage=stage if virtual > 1 else None)
+        for stage in range(virtual)
+    ]
+
+
 def build_model(
     config: ModelConfig,
     layout: LayoutConfig,
@@ -45,6 +56,8 @@ def build_model(
     vp_stage: int | None = None,
 ) -> GPTModel:
     """Random weights, or with `initialize_weights=False` whatever the memory holds, on this process's device.
+
+    vp_stage: which of its virtual pipeline stages, where the layout has several a process.
 
     `parallel.initialize(layout, ...)` comes first.
 

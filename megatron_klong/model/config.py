@@ -183,9 +183,12 @@ class LayoutConfig(Config):
     """Each expert's matrices in so many parts."""
     context_parallel: int = Field(default=1, gt=0)
     """Each sequence in so many parts."""
+    virtual_pipeline_parallel: int = Field(default=1, gt=0)
+    """Each process of a pipeline holds so many stages, far apart, in turn (interleaved 1F1B): shorter bubbles, more
+    traffic and more activations."""
     layers_per_stage: tuple[int, ...] = ()
-    """Layers of each pipeline stage, (11, 12, 12, 11); empty: as even as can be, with embedding, output and a layer for
-    multi-token prediction counted as a layer each."""
+    """Layers of each pipeline stage, (11, 12, 12, 11), virtual ones too; empty: as even as can be, with embedding,
+    output and a layer for multi-token prediction counted as a layer each."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -200,21 +203,29 @@ class LayoutConfig(Config):
         )
 
     def stages(self, model: ModelConfig) -> tuple[int, ...]:
-        """Layers of each stage. Raises ConfigError where that cannot be."""
-        stages, layers = self.pipeline_parallel, model.num_hidden_layers
+        """Layers of each stage, in their order; stage n is on process n % pipeline_parallel of its pipeline.
+
+        Raises ConfigError where that cannot be.
+        """
+        stages, layers = self.pipeline_parallel * self.virtual_pipeline_parallel, model.num_hidden_layers
+        if self.virtual_pipeline_parallel > 1 and self.pipeline_parallel == 1:
+            raise ConfigError(
+                f"virtual_pipeline_parallel {self.virtual_pipeline_parallel} needs a pipeline; raise pipeline_parallel"
+            )
+        times = f" * virtual_pipeline_parallel {self.virtual_pipeline_parallel}" * (self.virtual_pipeline_parallel > 1)
         if self.layers_per_stage:
             if len(self.layers_per_stage) != stages or sum(self.layers_per_stage) != layers:
                 raise ConfigError(
                     f"layers_per_stage {list(self.layers_per_stage)} are not the {layers} layers of the model in "
-                    f"pipeline_parallel {stages} stages; mend it, or leave it out"
+                    f"pipeline_parallel {self.pipeline_parallel}{times} stages; mend it, or leave it out"
                 )
             found = self.layers_per_stage
         else:
             found = _even_stages(layers, stages, last=1 + model.num_nextn_predict_layers)
         if min(found) < 1:
             raise ConfigError(
-                f"num_hidden_layers {layers} in pipeline_parallel {stages} stages leaves one without a layer; lower "
-                "pipeline_parallel, or give every stage a layer in layers_per_stage"
+                f"num_hidden_layers {layers} in pipeline_parallel {self.pipeline_parallel}{times} stages leaves one "
+                "without a layer; lower it, or give every stage a layer in layers_per_stage"
             )
         return found
 
@@ -227,6 +238,14 @@ class LayoutConfig(Config):
                 raise ConfigError(
                     f"{processes} processes are no multiple of {shown} = {product}; start {product} or a multiple of it"
                 )
+
+    def check_micro_batches(self, micro_batches: int) -> None:
+        """Raise ConfigError unless an interleaved pipeline can be fed by so many a step."""
+        if self.virtual_pipeline_parallel > 1 and micro_batches % self.pipeline_parallel:
+            raise ConfigError(
+                f"{micro_batches} rows a step and process are no multiple of pipeline_parallel "
+                f"{self.pipeline_parallel}, which virtual_pipeline_parallel needs; change global_batch_rows"
+            )
 
     @property
     def window_multiple(self) -> int:

@@ -10,7 +10,7 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 # isort: split
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +59,16 @@ class Share:
 
 
 @torch.no_grad()
-def load_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) -> None:
-    """Fill the parameters of this process. Each process reads by itself. Raises WeightsError; then load again."""
+def load_hugging_face(chunks: Sequence[GPTModel], config: ModelConfig, folder: Path | str) -> None:
+    """Fill the parameters of this process. Each process reads by itself. Raises WeightsError; then load again.
+
+    chunks: all that this process holds of the model (`build_chunks`).
+    """
     folder = Path(folder)
     places = find_tensors(folder)
     mapping = weights(config, copies=has_copies(places, config))
     check_names(folder, places, {name for weight in mapping.values() for name in weight.tensors})
-    for parameter, tensor in local_weights(model, config):
+    for parameter, tensor in local_weights(chunks, config):
         weight = mapping[parameter]
         share = share_of(weight, tensor)
         expected = weight.operator.part(_joint_like(weight, tensor.to("meta"), share, config), config)
@@ -78,13 +81,13 @@ def load_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) 
 
 
 @torch.no_grad()
-def save_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) -> None:
+def save_hugging_face(chunks: Sequence[GPTModel], config: ModelConfig, folder: Path | str) -> None:
     """Write the whole model; all processes call this, rank 0 writes and replaces what was in `folder`.
 
     Tensors keep the model's precision (the bias of the experts is fp32). Returns when the folder is there.
     """
     folder = Path(folder)
-    local = dict(local_weights(model, config))
+    local = dict(local_weights(chunks, config))
     mapping = weights(config)
     announced: list[dict[str, Share]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(announced, {name: share_of(mapping[name], local[name]) for name in local})
@@ -102,7 +105,7 @@ def save_hugging_face(model: GPTModel, config: ModelConfig, folder: Path | str) 
             for name, part in zip(weight.tensors, weight.operator.part(joint, config), strict=True):
                 put_tensor(places[name], part.cpu())
     if writer:
-        write_config(temporary, config.to_hugging_face(), next(model.parameters()).dtype)
+        write_config(temporary, config.to_hugging_face(), next(chunks[0].parameters()).dtype)
         put_in_place(temporary, folder)
     distributed.barrier()
 
@@ -137,8 +140,13 @@ def _with_control_tokens(content: bytes, control: Mapping[str, int]) -> bytes:
     return json.dumps(definition, ensure_ascii=False, indent=2).encode()
 
 
-def local_weights(model: GPTModel, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def local_weights(chunks: Sequence[GPTModel], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """This process's parameters, and the router's bias, under names that count over the whole model."""
+    for chunk in chunks:
+        yield from _weights_of_chunk(chunk, config)
+
+
+def _weights_of_chunk(model: GPTModel, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     experts = config.n_routed_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = experts * parallel_state.get_expert_model_parallel_rank()
     layers = [] if model.decoder is None else [layer.layer_number - 1 for layer in model.decoder.layers]

@@ -7,7 +7,7 @@ file that is not what the manifest says is named before anything is loaded.
 import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,24 @@ def sharded_metadata() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_megatron(model: GPTModel, config: ModelConfig, folder: Path | str) -> None:
+def load_megatron(chunks: Sequence[GPTModel], config: ModelConfig, folder: Path | str) -> None:
     """Fill the parameters of every process; all call this at once. Raises CheckpointError on each of them."""
     checkpoint = read_checkpoint(Path(folder))
     refuse_other_model(checkpoint, config)
     verify_together(checkpoint, cure=f"delete {folder}, or make it again")
     # what else a model saves are states of Transformer Engine, which are empty here
-    sharded = {
-        name: entry
-        for name, entry in model.sharded_state_dict(metadata=sharded_metadata()).items()
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }
-    _check_tensors(checkpoint, sharded)
+    sharded = [
+        {
+            name: entry
+            for name, entry in chunk.sharded_state_dict(metadata=sharded_metadata()).items()
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        }
+        for chunk in chunks
+    ]
+    _check_tensors(checkpoint, [entry for entries in sharded for entry in entries.values()])
     loaded = dist_checkpointing.load({"model": sharded}, str(folder))
-    model.load_state_dict(loaded["model"], strict=False)  # strict is checked above
+    for chunk, state in zip(chunks, loaded["model"], strict=True):
+        chunk.load_state_dict(state, strict=False)  # strict is checked above
 
 
 def refuse_other_model(checkpoint: CheckpointFolder, config: ModelConfig) -> None:
@@ -74,11 +78,9 @@ def verify_together(checkpoint: CheckpointFolder, *, cure: str) -> None:
         raise damaged(checkpoint, names, cure)
 
 
-def _check_tensors(checkpoint: CheckpointFolder, sharded: Mapping[str, Any]) -> None:
+def _check_tensors(checkpoint: CheckpointFolder, sharded: Sequence[Any]) -> None:
     boxes = [
-        box
-        for entry in sharded.values()
-        for box in (entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
+        box for entry in sharded for box in (entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
     ]
     held = FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
     shapes = {key: entry.size for key, entry in held.items() if isinstance(entry, TensorStorageMetadata)}

@@ -41,6 +41,9 @@ def initialize_groups(layout: LayoutConfig, *, seed: int, gloo: bool = True) -> 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline_parallel if layout.virtual_pipeline_parallel > 1 else None
+        ),
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         context_parallel_size=layout.context_parallel,
@@ -66,6 +69,7 @@ def check_initialized(layout: LayoutConfig) -> None:
         layers_per_stage=layout.layers_per_stage,  # says nothing about processes
         tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_parallel=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_parallel=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         expert_parallel=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel=parallel_state.get_expert_tensor_parallel_world_size(),
         context_parallel=parallel_state.get_context_parallel_world_size(),

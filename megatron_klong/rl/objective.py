@@ -73,13 +73,15 @@ def largest_mismatch(batches: Sequence[PackedBatch], device: torch.device) -> fl
 
 
 @contextmanager
-def tempered(model: Any, temperature: float) -> Iterator[None]:
+def tempered(chunks: Sequence[Any], temperature: float) -> Iterator[None]:
     """Log-probabilities of the distribution that was sampled from: logits divided by the temperature."""
-    if temperature == 1.0 or not model.post_process:
-        yield
-        return
-    hook = model.output_layer.register_forward_hook(lambda _, __, output: (output[0] / temperature, *output[1:]))
+    last = [chunk for chunk in chunks if chunk.post_process and temperature != 1.0]
+    hooks = [
+        chunk.output_layer.register_forward_hook(lambda _, __, output: (output[0] / temperature, *output[1:]))
+        for chunk in last
+    ]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

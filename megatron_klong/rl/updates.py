@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import distributed
 
 from megatron_klong.data.batch import PackedBatch
-from megatron_klong.model.build import build_model
+from megatron_klong.model.build import build_chunks
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
@@ -43,7 +43,7 @@ def train_iteration(config: RlConfig, iteration_folder: Path) -> None:
         window_multiple=config.trainer.layout.window_multiple,
     )
     trainee = load_trainee(config, folder, rows)
-    with tempered(trainee.training.model, config.stage(rows.lesson.iteration.stage).temperature):
+    with tempered(trainee.training.chunks, config.stage(rows.lesson.iteration.stage).temperature):
         updates = [with_old_log_probs(trainee.training, batches) for batches in shares(rows)]
         with open_log(config, folder, rows) as log:
             for step, batches in enumerate(updates, start=rows.lesson.first_step + 1):
@@ -56,7 +56,7 @@ def train_iteration(config: RlConfig, iteration_folder: Path) -> None:
                     step, {"stage": iteration.stage, "iteration": iteration.number, "mismatch_max": mismatch, **line}
                 )
     tokenizer = load_tokenizer(config.tokenizer_path)
-    export(trainee.training.model, trainee.model_config, folder.weights(rows.lesson.last_step), tokenizer)
+    export(trainee.training.chunks, trainee.model_config, folder.weights(rows.lesson.last_step), tokenizer)
     save(config, trainee, folder, rows.lesson.last_step)
     destroy()
 
@@ -79,14 +79,14 @@ def load_trainee(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> T
     # the policy loss is that of the next token; a layer that predicts the one after it stays as it is
     model_config = ModelConfig.from_hugging_face(config.weights).model_copy(update={"mtp_loss_weight": 0.0})
     trainer = config.trainer
-    model = build_model(model_config, trainer.layout, precision=trainer.precision, recompute=trainer.recompute)
+    chunks = build_chunks(model_config, trainer.layout, precision=trainer.precision, recompute=trainer.recompute)
     if found is None:
-        load_hugging_face(model, model_config, Path(config.weights))
+        load_hugging_face(chunks, model_config, Path(config.weights))
     rate = config.stage(rows.lesson.iteration.stage).learning_rate
     optimizer = config.trainer.optimizer.model_copy(
         update={"learning_rate": rate, "min_learning_rate": rate, "schedule": "constant", "warmup_steps": 0}
     )
-    training = make_trainable(model, OptimizerConfig.model_validate(optimizer.model_dump()), steps=1)
+    training = make_trainable(chunks, OptimizerConfig.model_validate(optimizer.model_dump()), steps=1)
     setting = Setting(
         model=model_config.model_dump(mode="json"),
         layout=config.trainer.layout.model_dump(mode="json"),

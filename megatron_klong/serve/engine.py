@@ -151,7 +151,7 @@ def load(config: ServeConfig, model_config: ModelConfig) -> Any:
     layout = LayoutConfig()
     initialize(layout, seed=config.seed)
     model = build_model(model_config, layout, precision=config.precision)
-    load_hugging_face(model, model_config, Path(config.weights))
+    load_hugging_face([model], model_config, Path(config.weights))
     model.config.inference_sampling_seed = config.seed
     context = InferenceConfig(
         block_size_tokens=config.block_tokens,

@@ -114,7 +114,8 @@ def load(checkpoint: Checkpoint, training: "Training", setting: Setting) -> None
     layout = saved.layout.model_dump(mode="json")
     same = (layout, saved.setting.processes) == (setting.layout, setting.processes)
     loaded = dist_checkpointing.load(_state(training, loading=True, random=same), str(checkpoint.folder))
-    training.model.load_state_dict(loaded["model"], strict=False)  # strict is checked by the sharded load
+    for chunk, state in zip(training.chunks, loaded["model"], strict=True):
+        chunk.load_state_dict(state, strict=False)  # strict is checked by the sharded load
     training.optimizer.load_state_dict(loaded["optimizer"])
     training.schedule.num_steps = 0  # loading adds to it
     training.schedule.load_state_dict(loaded["schedule"])
@@ -148,7 +149,7 @@ def _state(training: "Training", *, loading: bool, random: bool) -> dict[str, An
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
     }
-    model = training.model.sharded_state_dict(metadata=metadata)
+    model = [chunk.sharded_state_dict(metadata=metadata) for chunk in training.chunks]
     state = {
         "model": model,
         "optimizer": training.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_klong.config import write_resolved
 from megatron_klong.data.mixture import Mixture
-from megatron_klong.model.build import build_model
+from megatron_klong.model.build import build_chunks
 from megatron_klong.model.checkpoint_folder import find_checkpoint
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.flops import training_flops
@@ -99,12 +99,12 @@ def start(config: SftConfig, model_config: ModelConfig, data: Mixture) -> Run:
     """Build the model, fill it, make it trainable."""
     if distributed.get_rank() == 0:
         write_resolved(config, Path(config.run_folder) / "config.toml")
-    model = build_model(model_config, config.layout, precision=config.precision, recompute=config.recompute)
+    chunks = build_chunks(model_config, config.layout, precision=config.precision, recompute=config.recompute)
     if config.hugging_face_init:
-        load_hugging_face(model, model_config, Path(config.hugging_face_init))
+        load_hugging_face(chunks, model_config, Path(config.hugging_face_init))
     if config.megatron_init:
-        load_megatron(model, model_config, find_checkpoint(Path(config.megatron_init)).folder)
-    training = make_trainable(model, config.optimizer, steps=config.steps_of(data.train))
+        load_megatron(chunks, model_config, find_checkpoint(Path(config.megatron_init)).folder)
+    training = make_trainable(chunks, config.optimizer, steps=config.steps_of(data.train))
     return Run(config=config, data=data, model_config=model_config, training=training)
 
 
@@ -228,7 +228,7 @@ def export_weights(run: Run, name: str) -> None:
     tokenizer = run.data.find_tokenizer([Path(init)] if init else [])
     if tokenizer is None:
         say(f"{run.folder / name} has no tokenizer: the file the shards were made with was not found; copy it there")
-    export(run.training.model, run.model_config, run.folder / name, tokenizer)
+    export(run.training.chunks, run.model_config, run.folder / name, tokenizer)
 
 
 def give_up(reason: str) -> None:

@@ -6,7 +6,7 @@ in fp32 stays so, bit for bit (tests/integration/train/test_precision.py); every
 weights of the first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,10 @@ from megatron_klong.train.guard import UpdateGuard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What a train step changes. `model` is the bare model, `wrapped` the same weights with their gradients."""
+    """What a train step changes. `chunks` are the bare model, `wrapped` the same weights with their gradients."""
 
-    model: GPTModel
-    wrapped: DistributedDataParallel
+    chunks: tuple[GPTModel, ...]
+    wrapped: tuple[DistributedDataParallel, ...]
     optimizer: Any  # megatron's ChainedOptimizer, which has no types
     schedule: OptimizerParamScheduler
     balance: ExpertBalance
@@ -44,7 +44,7 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
+        device: torch.device = next(self.chunks[0].parameters()).device
         return device
 
     @property
@@ -70,32 +70,38 @@ class Training:
         self.optimizer.step_with_ready_grads()
 
 
-def make_trainable(model: GPTModel, config: OptimizerConfig, *, steps: int) -> Training:
-    """Wrap a model whose weights are final: the optimizer copies them."""
-    if not model.config.calculate_per_token_loss:
+def make_trainable(chunks: Sequence[GPTModel], config: OptimizerConfig, *, steps: int) -> Training:
+    """Wrap a model whose weights are final: the optimizer copies them. chunks: all that this process holds of it."""
+    if not all(chunk.config.calculate_per_token_loss for chunk in chunks):
         raise ValueError("the model must be built with calculate_per_token_loss=True: the loss is a mean over tokens")
-    wrapped = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
-        ),
-        _in_bf16(model) if model.config.bf16 else model,
-    )
-    wrapped.broadcast_params()
+    wrapped = tuple(_with_gradients(chunk) for chunk in chunks)
     adam.use_where_missing()
     padding.mend_router()
-    optimizer = megatron_optimizer.get_megatron_optimizer(_optimizer_config(model, config), [wrapped])
-    balance = ExpertBalance([model])
-    model.config.finalize_model_grads_func = balance.finalize
-    model.config.grad_scale_func = optimizer.scale_loss
+    optimizer = megatron_optimizer.get_megatron_optimizer(_optimizer_config(chunks[0], config), list(wrapped))
+    balance = ExpertBalance(chunks)
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = balance.finalize
+        chunk.config.grad_scale_func = optimizer.scale_loss
     return Training(
-        model=model,
+        chunks=tuple(chunks),
         wrapped=wrapped,
         optimizer=optimizer,
         schedule=_schedule(optimizer, config, steps),
         balance=balance,
         guard=UpdateGuard(spike_factor=config.spike_factor, max_skipped=config.max_skipped_steps),
     )
+
+
+def _with_gradients(chunk: GPTModel) -> DistributedDataParallel:
+    wrapped = DistributedDataParallel(
+        chunk.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        ),
+        _in_bf16(chunk) if chunk.config.bf16 else chunk,
+    )
+    wrapped.broadcast_params()
+    return wrapped
 
 
 def _in_bf16(model: GPTModel) -> Float16Module:

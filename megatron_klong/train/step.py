@@ -23,6 +23,7 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_klong.data.batch import PackedBatch
 from megatron_klong.model.context_parallel import held_positions
@@ -68,7 +69,8 @@ def train_step(training: Training, batches: Sequence[PackedBatch], loss_function
     were; the schedule goes on.
     """
     learning_rate = training.learning_rate
-    training.wrapped.zero_grad_buffer()
+    for chunk in training.wrapped:
+        chunk.zero_grad_buffer()
     training.optimizer.zero_grad()
     totals = _global_totals(forward_backward(training, batches, loss_function), training.device)
     means = _means(totals)
@@ -118,8 +120,9 @@ def forward_backward(
         raise ValueError("a process got no rows; give every data-parallel process the same number")
     sums: list[Sums] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, loss_function),
-        data_iterator=iter(batches),
-        model=[training.wrapped],
+        # each chunk of the model passes all batches
+        data_iterator=[iter(batches) for _ in training.wrapped],
+        model=list(training.wrapped),
         num_microbatches=len(batches),
         # packed rows are laid end to end: to the schedule, a batch of one
         seq_length=int(batches[0].cu_seqlens[-1]),
@@ -167,7 +170,7 @@ def _packed(batch: PackedBatch) -> PackedSeqParams:
 def _padding_of_this_stage(padding_mask: torch.Tensor, model: Any) -> torch.Tensor:
     """Routers leave padding out of their balance. The model scatters the mask on its first stage only."""
     tensor_parallel: int = parallel_state.get_tensor_model_parallel_world_size()
-    if tensor_parallel == 1 or parallel_state.is_pipeline_first_stage():
+    if tensor_parallel == 1 or get_attr_wrapped_model(model, "pre_process"):
         return padding_mask
     rank: int = parallel_state.get_tensor_model_parallel_rank()
     return padding_mask.chunk(tensor_parallel, dim=1)[rank]

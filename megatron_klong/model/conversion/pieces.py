@@ -128,7 +128,7 @@ def _of_this_rank(
     for entry in model.sharded_state_dict(metadata=sharded_metadata()).values():
         if isinstance(entry, ShardedTensor | ShardedTensorFactory):
             saved[_memory(entry.data)] = entry
-    for name, tensor in local_weights(model, config):
+    for name, tensor in local_weights([model], config):
         entry = saved.pop(_memory(tensor))
         if not is_main_replica(entry.replica_id):
             continue

@@ -60,7 +60,8 @@ def cost(plan: Plan) -> Cost:
         experts=expert_seconds / once,
         context=3 * ring / _speed(tensor * context) / once,
         data=gradients / _BETWEEN_BYTES_PER_SECOND / (once * work.micro_batches),
-        bubble=(layout.pipeline_parallel - 1) / work.micro_batches + _unevenness(plan),
+        bubble=(layout.pipeline_parallel - 1) / (work.micro_batches * layout.virtual_pipeline_parallel)
+        + _unevenness(plan),
         recompute=again,
     )
 

@@ -38,7 +38,21 @@ class StageLayers:
 
 @lru_cache(maxsize=256)  # a search asks for the same ones again and again
 def stage_layers(model: ModelConfig, layout: LayoutConfig) -> tuple[StageLayers, ...]:
-    """By stage. Raises ConfigError where the layers cannot be divided like that."""
+    """By process of a pipeline, its virtual stages together. Raises ConfigError where layers cannot be divided so."""
+    stages = _stages(model, layout)
+    ranks = layout.pipeline_parallel
+    return tuple(
+        StageLayers(
+            experts=tuple(experts for stage in stages[rank::ranks] for experts in stage.experts),
+            first=rank == 0,
+            last=rank == ranks - 1,
+            next_token=stages[-1].next_token and rank == ranks - 1,
+        )
+        for rank in range(ranks)
+    )
+
+
+def _stages(model: ModelConfig, layout: LayoutConfig) -> list[StageLayers]:
     counts = layout.stages(model)
     found, start = [], 0
     for stage, count in enumerate(counts):
@@ -52,7 +66,7 @@ def stage_layers(model: ModelConfig, layout: LayoutConfig) -> tuple[StageLayers,
             )
         )
         start += count
-    return tuple(found)
+    return found
 
 
 @lru_cache(maxsize=4096)

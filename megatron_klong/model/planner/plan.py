@@ -4,6 +4,7 @@ Always (benchmarks/plan_memory.py, tests/integration/model/test_plan_memory.py):
 holds most is within 10 % of the measured peak of its train step; 0.98 to 1.05 of it on the twelve layouts tried.
 """
 
+import math
 from dataclasses import dataclass
 
 from megatron_klong.model.config import LayoutConfig, ModelConfig
@@ -78,6 +79,15 @@ class Plan:
         return self.gpus // (layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel)
 
 
+def _in_flight(layout: LayoutConfig, rank: int, micro_batches: int) -> int:
+    """How many micro-batches' activations a process keeps at most (1F1B; interleaved, in parts of its layers)."""
+    behind, virtual = layout.pipeline_parallel - rank, layout.virtual_pipeline_parallel
+    if virtual == 1:
+        return min(behind, micro_batches)
+    chunks = 2 * (behind - 1) + (virtual - 1) * layout.pipeline_parallel + 1
+    return min(math.ceil(chunks / virtual), micro_batches)
+
+
 def make_plan(model: ModelConfig, layout: LayoutConfig, work: Workload, *, gpus: int, serve_tokens: int = 0) -> Plan:
     """Raises ConfigError, naming the fields, where the layout divides neither the model nor the GPUs nor a row."""
     layout.check_model(model)
@@ -88,7 +98,7 @@ def make_plan(model: ModelConfig, layout: LayoutConfig, work: Workload, *, gpus:
     for number, stage in enumerate(stage_layers(model, layout)):
         held = holding(model, layout, stage)
         bytes_held = state(held, layout, work, processes=gpus)
-        in_flight = min(layout.pipeline_parallel - number, work.micro_batches)
+        in_flight = _in_flight(layout, number, work.micro_batches)
         moving = peak_activations(here, stage, work, in_flight=in_flight)
         cache = kv_cache_bytes(
             model,

@@ -24,8 +24,8 @@ def main(folder: Path, layout: LayoutConfig) -> None:
     initialize(layout, seed=1)
     config = read_checkpoint(folder / "checkpoint").model
     model = build_model(config, layout).eval()
-    load_megatron(model, config, folder / "checkpoint")
-    save_hugging_face(model, config, folder / "exported")
+    load_megatron([model], config, folder / "checkpoint")
+    save_hugging_face([model], config, folder / "exported")
     reference = torch.load(folder / "reference.pt")
     ids = reference["ids"]
     with torch.no_grad():

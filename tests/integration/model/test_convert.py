@@ -92,7 +92,7 @@ def test_plain_megatron_loads_it(source: Path, tmp_path: Path) -> None:
     loaded = dist_checkpointing.load({"model": sharded}, str(folder), strict="raise_all")
     model.load_state_dict(loaded["model"], strict=False)
     other = build_model(CONFIG, LayoutConfig(), precision="bf16")
-    load_megatron(other, CONFIG, folder)
+    load_megatron([other], CONFIG, folder)
     given = tensors_of(source)
     for made in (model, other):
         parameters = dict(made.named_parameters())

@@ -211,10 +211,10 @@ def test_a_model_is_not_filled_from_a_damaged_or_another_checkpoint(checkpoint: 
     shutil.copytree(checkpoint, tmp_path / "k")
     model = build_model(CONFIG, LayoutConfig())
     with pytest.raises(CheckpointError, match=r"k: of another model \(rope_theta 1000000.0 there, 5000.0 here\)"):
-        load_megatron(model, CONFIG.model_copy(update={"rope_theta": 5000.0}), tmp_path / "k")
+        load_megatron([model], CONFIG.model_copy(update={"rope_theta": 5000.0}), tmp_path / "k")
     flip_bit(newest(tmp_path / "k"))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: checksum differs"):
-        load_megatron(model, CONFIG, tmp_path / "k")
+        load_megatron([model], CONFIG, tmp_path / "k")
 
 
 def test_what_a_user_gets_wrong_is_named(

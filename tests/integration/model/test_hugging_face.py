@@ -64,18 +64,18 @@ def test_weights_that_do_not_fit_stop_with_the_name(
 ) -> None:
     folder = _changed(reference, tmp_path / "weights", **changes)
     with pytest.raises(WeightsError, match=re.escape(message)) as raised:
-        load_hugging_face(build_model(CONFIG, LAYOUT), CONFIG, folder)
+        load_hugging_face([build_model(CONFIG, LAYOUT)], CONFIG, folder)
     assert str(folder) in str(raised.value)
 
 
 def test_a_folder_without_weights_and_a_file_cut_short_are_refused(reference: Path, tmp_path: Path) -> None:
     model = build_model(CONFIG, LAYOUT)
     with pytest.raises(WeightsError, match=r"no \*\.safetensors there"):
-        load_hugging_face(model, CONFIG, tmp_path)
+        load_hugging_face([model], CONFIG, tmp_path)
     content = (reference / "weights" / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(WeightsError, match="not readable"):
-        load_hugging_face(model, CONFIG, tmp_path)
+        load_hugging_face([model], CONFIG, tmp_path)
 
 
 def test_a_model_trained_from_scratch_loads_in_transformers_as_it_is(
@@ -86,7 +86,7 @@ def test_a_model_trained_from_scratch_loads_in_transformers_as_it_is(
     monkeypatch.setattr(tensor_files, "MAX_FILE_BYTES", 300_000)  # several files and an index
     config = CONFIG.model_copy(update={"eos_token_id": (7, 8), "partial_rotary_factor": 1.0})
     model = build_model(config, LAYOUT).eval()
-    save_hugging_face(model, config, tmp_path / "exported")
+    save_hugging_face([model], config, tmp_path / "exported")
     files = sorted(path.name for path in (tmp_path / "exported").iterdir())
     assert len(files) > 4
     assert files[0] == "config.json"
@@ -103,8 +103,8 @@ def test_bf16_weights_go_through_bit_for_bit_with_the_bias_in_fp32(reference: Pa
     halved = {name: tensor.bfloat16() for name, tensor in fp32.items() if not name.endswith("correction_bias")}
     folder = _changed(reference, tmp_path / "weights", **halved)
     model = build_model(CONFIG, LAYOUT, precision="bf16")
-    load_hugging_face(model, CONFIG, folder)
-    save_hugging_face(model, CONFIG, tmp_path / "exported")
+    load_hugging_face([model], CONFIG, folder)
+    save_hugging_face([model], CONFIG, tmp_path / "exported")
     written = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(written[name], (fp32 | halved)[name]) for name in fp32)
     assert {written[name].dtype for name in fp32.keys() - halved.keys()} == {torch.float32}
@@ -121,7 +121,7 @@ from megatron_klong.model.parallel import initialize
 initialize(LayoutConfig(), seed=1)
 model = build_model(tiny(500), LayoutConfig())
 while True:
-    save_hugging_face(model, tiny(500), sys.argv[1])
+    save_hugging_face([model], tiny(500), sys.argv[1])
     print("done", flush=True)
 """
 
@@ -135,6 +135,6 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_folder_or_none(
     config = ModelConfig.from_hugging_face(reference / "weights")
     model = build_model(config, LAYOUT)
     if folder.exists():
-        load_hugging_face(model, config, folder)
-    save_hugging_face(model, config, folder)  # what was left behind is in nobody's way
+        load_hugging_face([model], config, folder)
+    save_hugging_face([model], config, folder)  # what was left behind is in nobody's way
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]

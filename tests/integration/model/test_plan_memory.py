@@ -61,7 +61,7 @@ def test_recomputation_gives_the_same_gradients(precision: Precision, recompute:
 def _gradients(case: Case, precision: Precision, recompute: Recompute) -> dict[str, torch.Tensor]:
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)  # the same random weights
     model = build_model(case.config, LayoutConfig(), precision=precision, recompute=recompute)
-    training = make_trainable(model, OptimizerConfig(), steps=1)
+    training = make_trainable([model], OptimizerConfig(), steps=1)
     forward_backward(training, random_batches(case), cross_entropy)
     return {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
 

@@ -38,19 +38,19 @@ def work(folder: Path, layout: LayoutConfig) -> None:
     config = ModelConfig.from_hugging_face(folder / "weights")
     model = build_model(config, layout)
     reference = torch.load(folder / "reference.pt")
-    load_hugging_face(model, config, folder / "weights")
-    save_hugging_face(model, config, folder / "out" / "exported")
+    load_hugging_face([model], config, folder / "weights")
+    save_hugging_face([model], config, folder / "out" / "exported")
     cases = ["whole", "packed"]
     figures = {}
     trained = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     model.config.finalize_model_grads_func = finalize_model_grads
     for case in cases:
-        load_hugging_face(model, config, folder / "weights")
+        load_hugging_face([model], config, folder / "weights")
         figures[case] = _logits_difference(model, reference, case)
         _gradients(trained, reference, case)
         for parameter in model.parameters():
             parameter.data.copy_(parameter.main_grad)
-        save_hugging_face(model, config, folder / "out" / f"gradients_{case}")
+        save_hugging_face([model], config, folder / "out" / f"gradients_{case}")
     everyone: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, figures)
     if distributed.get_rank() == 0:

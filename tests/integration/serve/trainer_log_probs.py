@@ -16,7 +16,7 @@ def main(weights: str, sampled: str, found: str) -> None:
     config, layout = ModelConfig.from_hugging_face(weights), LayoutConfig()
     initialize(layout, seed=0)
     model = build_model(config, layout).train()
-    load_hugging_face(model, config, weights)
+    load_hugging_face([model], config, weights)
     values = []
     for prompt, generated in json.loads(Path(sampled).read_text()):
         ids = torch.tensor([[*prompt, *generated]])

@@ -49,7 +49,7 @@ def test_with_no_weight_in_the_loss_it_stays_bit_for_bit_as_it_is(tmp_path: Path
         initialize(LayoutConfig(), seed=3)
         try:
             model = build_model(tiny(data.vocabulary_size).model_copy(update=changes), LayoutConfig())
-            training = make_trainable(model, OptimizerConfig(weight_decay=0.0), steps=1)
+            training = make_trainable([model], OptimizerConfig(weight_decay=0.0), steps=1)
             before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
             train_step(training, data.train.batches(rows, part=0, parts=1), cross_entropy)
             after = dict(model.named_parameters())

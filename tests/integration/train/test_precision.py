@@ -39,11 +39,11 @@ def test_wrapping_for_bf16_changes_no_fp32_value(weights: tuple[Path, ModelConfi
     initialize(LayoutConfig(), seed=2)
     try:
         model = build_model(config, LayoutConfig(), precision="bf16")
-        load_hugging_face(model, config, folder)
+        load_hugging_face([model], config, folder)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        training = make_trainable(model, OptimizerConfig(), steps=1)
-        after = dict(training.model.named_buffers())
-        save_hugging_face(training.model, config, tmp_path / "exported")
+        training = make_trainable([model], OptimizerConfig(), steps=1)
+        after = dict(training.chunks[0].named_buffers())
+        save_hugging_face(training.chunks, config, tmp_path / "exported")
     finally:
         destroy()
     assert {name.rpartition(".")[2] for name in before} == {"expert_bias", "local_tokens_per_expert"}

@@ -29,7 +29,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> list[PackedBatch]:
 @pytest.fixture
 def training() -> Iterator[Training]:
     initialize(LayoutConfig(), seed=3)
-    yield make_trainable(build_model(tiny(320), LayoutConfig()), SPIKE, steps=100)
+    yield make_trainable([build_model(tiny(320), LayoutConfig())], SPIKE, steps=100)
     destroy()
 
 
@@ -41,7 +41,7 @@ def times(factor: float, given: LossInput) -> LossOutput:
 def everything(training: Training) -> dict[str, torch.Tensor]:
     """Weights, biases of the routers, and Adam's state."""
     found = {
-        name: tensor.detach().clone() for name, tensor in training.model.state_dict().items() if tensor is not None
+        name: tensor.detach().clone() for name, tensor in training.chunks[0].state_dict().items() if tensor is not None
     }
     for number, optimizer in enumerate(training.optimizer.chained_optimizers):
         states: dict[Any, dict[str, torch.Tensor]] = optimizer.optimizer.state

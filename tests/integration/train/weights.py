@@ -23,7 +23,7 @@ def write_weights(folder: Path) -> ModelConfig:
         for name, buffer in model.named_buffers():
             if name.endswith(BIAS):
                 buffer.copy_(torch.randn_like(buffer) / 10)
-        save_hugging_face(model, config, folder)
+        save_hugging_face([model], config, folder)
     finally:
         destroy()
     return config
