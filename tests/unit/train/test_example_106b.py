@@ -6,6 +6,7 @@ import pytest
 
 from megatron_klong.config import load_config
 from megatron_klong.model.planner.memory import Memory, parse_bytes
+from megatron_klong.model.planner.report import table
 from megatron_klong.model.planner.search import Question
 from megatron_klong.model.planner.shapes import Workload
 from megatron_klong.model.presets import preset
@@ -52,7 +53,9 @@ def question(config: SftConfig, cluster: Cluster) -> Question:
 
 @pytest.mark.parametrize("cluster", CLUSTERS, ids=lambda cluster: f"{cluster.gpus}x{cluster.gpu_memory}")
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_divides_the_model_and_fits_the_gpus_it_is_for(stage: str, cluster: Cluster) -> None:
+def test_each_stage_divides_the_model_and_fits_its_gpus_with_the_figures_of_the_readme(
+    stage: str, cluster: Cluster
+) -> None:
     config = loaded(stage, cluster)
     config.layout.check_model(MODEL)
     config.layout.check_world_size(cluster.gpus)
@@ -60,6 +63,9 @@ def test_each_stage_divides_the_model_and_fits_the_gpus_it_is_for(stage: str, cl
     asked = question(config, cluster)
     plan = asked.plan(config.layout, config.recompute)  # raises where the batch cannot be shared
     assert asked.memory.fits_surely(plan), f"{plan.peak_bytes / 2**30:.1f} GiB planned"
+    readme = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    for line in table(plan, asked.memory)[1:]:
+        assert line in readme
 
 
 @pytest.mark.parametrize("stage", STAGES)
