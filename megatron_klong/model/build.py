@@ -178,6 +178,9 @@ def _division(config: ModelConfig, layout: LayoutConfig) -> dict[str, Any]:
         "pipeline_model_parallel_size": layout.pipeline_parallel,
         "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         "pipeline_model_parallel_layout": _pipeline(config, layout),
+        # of two stages, interleaved, one may send the other two tensors at once: batched, Megatron mixes them up
+        "overlap_p2p_comm": layout.virtual_pipeline_parallel > 1,
+        "batch_p2p_comm": layout.virtual_pipeline_parallel == 1,
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
         "context_parallel_size": layout.context_parallel,

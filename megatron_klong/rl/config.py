@@ -132,6 +132,11 @@ class TrainerConfig(Config):
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         self.layout.check_row(self.row_tokens)
+        if self.layout.virtual_pipeline_parallel > 1:
+            raise ValueError(
+                "layout.virtual_pipeline_parallel: an update of RL has any number of rows, which an interleaved "
+                "pipeline cannot take; leave it at 1"
+            )
         self.layout.check_world_size(self.processes)
         return self
 

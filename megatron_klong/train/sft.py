@@ -91,6 +91,7 @@ def check_processes(config: SftConfig) -> None:
             f"global_batch_rows {config.global_batch_rows} is no multiple of the {shares} data-parallel processes; "
             "change one of them"
         )
+    config.layout.check_micro_batches(config.global_batch_rows // shares)
 
 
 def read_model_config(config: SftConfig, data: Mixture) -> ModelConfig:

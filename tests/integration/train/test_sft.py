@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 HEAVY = {"torch", "megatron", "transformers"}
 STEPS = 20
+LAYOUT_FLAGS = {
+    "data": ["--layout.tensor_parallel", "1"],
+    "interleaved": ["--layout.pipeline_parallel", "2", "--layout.virtual_pipeline_parallel", "2"],
+}
 FLAGS = ("--steps", str(STEPS), "--save_every_steps", "5", "--optimizer.warmup_steps", "2")
 
 
@@ -134,14 +138,14 @@ def test_a_partial_checkpoint_is_passed_over(shard: Path, undisturbed: Path, tmp
     assert losses(folder) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "expert", "context"])
+@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "interleaved", "expert", "context"])
 def test_loss_and_gradient_of_a_global_batch_are_the_handwritten_ones(
     layout: str, shard: Path, reference: "tuple[Path, Glm4MoeForCausalLM]", tmp_path: Path
 ) -> None:
     weights, model = reference
     sources = blended(shard, tmp_path / "plain")
     expected = handwritten(model, sources, window_multiple=4 if layout == "context" else 1)
-    flags = [] if layout == "data" else [f"--layout.{layout}_parallel", "2"]
+    flags = LAYOUT_FLAGS.get(layout) or [f"--layout.{layout}_parallel", "2"]
     for name, source in sources.items():
         flags += [f"--sources.{name}.shards", json.dumps(source.shards), f"--sources.{name}.kind", source.kind]
         flags += [f"--sources.{name}.weight", str(source.weight)]
