@@ -25,7 +25,8 @@ from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.load_megatron import load_megatron
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.train import checkpoint
-from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Setting
+from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Retention, Setting
+from megatron_klong.train.checkpoint_writer import CheckpointWriter
 from megatron_klong.train.config import SftConfig
 from megatron_klong.train.export import export
 from megatron_klong.train.loss import cross_entropy
@@ -45,6 +46,7 @@ class Run:
     rows: TrainingRows
     model_config: ModelConfig
     training: Training
+    checkpoints: CheckpointWriter
 
     @property
     def folder(self) -> Path:
@@ -66,12 +68,13 @@ def run_sft(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) ->
     progress = resume(run)
     if config.export_initial and progress.step == 0:
         export_weights(run, INITIAL_EXPORT)
-    with open_log(run, progress) as log:
+    with open_log(run, progress) as log, run.checkpoints:
         for step in steps_left(run, progress):
             started = time.monotonic()
             result = train_step(run.training, next_batches(run, progress), cross_entropy)
             progress = advance(run, progress)
             log.write(step, figures(result, seconds=time.monotonic() - started))
+            run.checkpoints.poll()
             if step % config.save_every_steps == 0 or step == config.steps:
                 save(run, progress)
     if config.export_hugging_face:
@@ -90,7 +93,9 @@ def start(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> R
     if config.megatron_init:
         load_megatron(model, model_config, find_checkpoint(Path(config.megatron_init)).folder)
     training = make_trainable(model, config.optimizer, steps=config.steps)
-    return Run(config=config, rows=rows, model_config=model_config, training=training)
+    retention = Retention(newest=config.keep_checkpoints, every_steps=config.keep_every_steps)
+    checkpoints = CheckpointWriter(config.checkpoints_folder, config, retention, background=config.async_checkpoints)
+    return Run(config=config, rows=rows, model_config=model_config, training=training, checkpoints=checkpoints)
 
 
 def resume(run: Run) -> Progress:
@@ -120,9 +125,8 @@ def _agree_on_latest(folder: Path) -> Checkpoint | None:
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Write a checkpoint."""
-    folder, keep = run.config.checkpoints_folder, run.config.keep_checkpoints
-    checkpoint.save(folder, run.training, progress, run.setting, keep=keep)
+    """Begin to write a checkpoint."""
+    run.checkpoints.save(run.training, progress, run.setting)
 
 
 def next_batches(run: Run, progress: Progress) -> list[PackedBatch]:
