@@ -13,13 +13,14 @@ its optimizer on a CPU, so training may go on while it is written; on a GPU the 
 import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import distributed
@@ -33,7 +34,7 @@ def state_to_save(training: Training) -> dict[str, Any]:
     model = _model_state(training)
     state = {
         "model": model,
-        "optimizer": _optimizer_state(training, model, loading=False),
+        "optimizer": _optimizer_to_save(training, model),
         "updates": _updates(training),
         "schedule": training.schedule.state_dict(),
         "random": _random_state(),
@@ -47,7 +48,7 @@ def state_to_load(training: Training, *, random: bool) -> dict[str, Any]:
     for optimizer in _optimizers(training):
         optimizer.load_state_dict(optimizer.state_dict())  # makes room for the moments
     model = _model_state(training)
-    state = {"model": model, "optimizer": _optimizer_state(training, model, loading=True)}
+    state = {"model": model, "optimizer": _optimizer_to_load(training, model)}
     return state | ({"random": _random_state()} if random else {})
 
 
@@ -81,12 +82,52 @@ def _model_state(training: Training) -> dict[int, Any]:
     return {number: chunk.sharded_state_dict(metadata=sharded_metadata()) for number, chunk in chunks}
 
 
-def _optimizer_state(training: Training, model: Mapping[int, Any], *, loading: bool) -> dict[int, Any]:
+def _optimizer_to_load(training: Training, model: Mapping[int, Any]) -> dict[int, Any]:
     """Numbered by optimizer in this process only; on disk a tensor is known by its parameter's name alone."""
     return {
-        number: optimizer.sharded_param_state_fully_reshardable(model, loading, sharded_metadata())
+        number: optimizer.sharded_param_state_fully_reshardable(model, True, sharded_metadata())
         for number, optimizer in enumerate(_optimizers(training))
     }
+
+
+def _optimizer_to_save(training: Training, model: Mapping[int, Any]) -> list[Any]:
+    """The tensors of Megatron's own `fully_reshardable` state, but copied three times on the way, not eight.
+
+    Training stands still meanwhile; and only the process that will write a tensor holds it whole.
+    """
+    entries = {entry.data: entry for entry in _tensors(model)}
+    state = []
+    for optimizer in _optimizers(training):
+        for key, parameter, value in _gathered(optimizer, lambda one: is_main_replica(entries[one].replica_id)):
+            entry = entries[parameter]
+            name = f"optimizer.state.{key}.{entry.key}"  # parts of one tensor, as experts may be, share it
+            typed = {"dtype": value.dtype} if isinstance(entry, ShardedTensor) else {}
+            state.append(replace(entry, key=name, data=value.reshape(entry.data.shape), **typed))
+    return state
+
+
+def _gathered(
+    optimizer: Any, wanted: Callable[[torch.Tensor], bool]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """("param", the fp32 weight, or a moment's name; parameter; all of that tensor in host memory) of those wanted.
+
+    Its pieces lie on the data-parallel processes, which call this together, buffer by buffer.
+    """
+    group = optimizer.data_parallel_group
+    for buffer, ranges in zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True):
+        (by_bucket,) = ranges.values()  # of one dtype
+        for bucket, held in zip(buffer.buckets, by_bucket, strict=True):
+            pieces = {one: optimizer._get_main_param_and_optimizer_states(one) for one in held["param_map"]}
+            for key in ("param", *optimizer.optimizer_state_keys):
+                part = bucket.grad_data.new_zeros(bucket.grad_data.numel() // group.size(), dtype=torch.float32)
+                for parameter, places in held["param_map"].items():
+                    place = places["gbuf_local"]
+                    part[place.start : place.end] = pieces[parameter][key].detach()
+                whole = part.new_empty(bucket.grad_data.numel())
+                distributed.all_gather_into_tensor(whole, part, group=group)
+                for parameter in filter(wanted, bucket.params_list):
+                    start, end = bucket.param_to_index[parameter]
+                    yield key, parameter, whole[start:end].to("cpu", copy=True)
 
 
 def _updates(training: Training) -> int:
@@ -97,9 +138,15 @@ def _updates(training: Training) -> int:
     return int(most)
 
 
+def _tensors(model: Mapping[int, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+    entries = nested_values(model)
+    return [entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+
+
 def _copy_on_cpu(model: Mapping[int, Any]) -> None:
-    for entry in nested_values(model):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.device.type == "cpu":
+    """What this process is the one to write."""
+    for entry in _tensors(model):
+        if entry.data.device.type == "cpu" and is_main_replica(entry.replica_id):
             entry.data = entry.data.detach().clone()
 
 

@@ -161,7 +161,7 @@ def _writing(request: Any, save: _Save) -> Callable[[], None]:
             results.put({number: _write_file(number, bucket, transforms) for number, bucket in enumerate(buckets)})
             save.files = checksums(save.temporary, [Path(path).name for path, _, _ in buckets])
         except Exception as error:  # the edge of the thread: `finish` raises it, on every process
-            save.fault = f"{save.final}: could not be written: {error}; see to the disk, and start again to go on"
+            save.fault = f"{error}; see to the disk, and start again to go on"
 
     return write
 
@@ -173,9 +173,14 @@ def _write_file(number: int, bucket: Any, transforms: list[Any]) -> list[Any]:
         transforms, number, bucket, None, None, use_fsync=True
     )
     if isinstance(written, Exception):
-        raise OSError(f"{path}: {written}") from written
+        raise OSError(f"{path}: {_first(written)}") from written
     places: list[Any] = written
     return places
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong before what is said last: torch closes a file that it could not write, and trips over its end."""
+    return _first(error.__context__) if error.__context__ else error
 
 
 def _by_rank_0(work: Callable[[], None]) -> None:

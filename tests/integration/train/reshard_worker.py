@@ -1,8 +1,8 @@
 """One process of runs in one layout after another: `reshard_worker.py FOLDER SHARD WORK LAYOUTS-AS-JSON`.
 
-WORK is `write`, `read` or both with a comma. write: each layout trains, saves into FOLDER/<its name> and trains on.
-read: each layout takes up every checkpoint there is, saves what it has loaded into FOLDER/again/<writer> <reader>, and
-trains on. FOLDER/losses.json gets the losses of the steps behind a checkpoint, {"<writer> <reader>": [...]}, with the
+LAYOUTS: {"<name>": [its fields, [the names of those it reads]]}. WORK is `write`, `read` or both with a comma. write:
+each layout trains, saves into FOLDER/<its name> and trains on. read: each layout takes up the checkpoints of those it
+reads, saves what it has loaded into FOLDER/again/<writer> <reader>, and trains on. FOLDER/losses.json gets the losses of the steps behind a checkpoint, {"<writer> <reader>": [...]}, with the
 reader `undisturbed` for those of the writer itself.
 """
 
@@ -83,25 +83,25 @@ def write(runs: Runs, name: str, losses: dict[str, list[float]]) -> None:
         losses[f"{name} undisturbed"] = runs.train(training, BEHIND, writer)
 
 
-def read(runs: Runs, name: str, folder: Path, losses: dict[str, list[float]]) -> None:
+def read(runs: Runs, name: str, writers: list[str], losses: dict[str, list[float]]) -> None:
     training = runs.training()
-    for writer in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "again"):
+    for writer in writers:
         runs.load(writer, training)
         runs.save(runs.writer(f"again/{writer} {name}", background=False), training)
         losses[f"{writer} {name}"] = runs.train(training, BEHIND)
 
 
-def main(folder: Path, shard: Path, work: str, layouts: dict[str, dict[str, int]]) -> None:
+def main(folder: Path, shard: Path, work: str, layouts: dict[str, tuple[dict[str, int], list[str]]]) -> None:
     file = folder / "losses.json"
     losses: dict[str, list[float]] = json.loads(file.read_text()) if file.exists() else {}
     initialize(LayoutConfig(), seed=1)  # once: processes that have met do not find each other a second time
     for part in work.split(","):
-        for name, layout in layouts.items():
+        for name, (layout, writers) in layouts.items():
             runs = Runs(folder, shard, LayoutConfig(**layout))
             if part == "write":
                 write(runs, name, losses)
             else:
-                read(runs, name, folder, losses)
+                read(runs, name, writers, losses)
     if distributed.get_rank() == 0:
         file.write_text(json.dumps(losses))
     destroy()
