@@ -24,7 +24,7 @@ from megatron_klong.files import checksum, sync_directory, write_atomically
 from megatron_klong.model.config import LayoutConfig, ModelConfig
 
 FORMAT = "klong-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "klong.json"
 
 type Checksums = Mapping[str, Mapping[str, Any]]
@@ -81,7 +81,10 @@ def read_checkpoint(folder: Path) -> CheckpointFolder:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error}); delete {folder}, or make it again") from error
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{path}: not {FORMAT} version {VERSION}; continue with the program that wrote it")
+        found = f"{manifest.get('format')} version {manifest.get('version')}"
+        raise CheckpointError(
+            f"{path}: {found}, but this program reads {FORMAT} version {VERSION}; continue with the one that wrote it"
+        )
     for name, expected in manifest["files"].items():
         file = folder / name
         size = file.stat().st_size if file.exists() else "no"

@@ -20,7 +20,8 @@ from megatron_klong.rl.folders import RunFolder
 from megatron_klong.rl.objective import largest_mismatch, objective, tempered, with_old_log_probs
 from megatron_klong.rl.rows import ExperienceRows
 from megatron_klong.train import checkpoint
-from megatron_klong.train.checkpoint import CheckpointError, Progress, Setting
+from megatron_klong.train.checkpoint import CheckpointError, Progress, Retention, Setting
+from megatron_klong.train.checkpoint_writer import CheckpointWriter
 from megatron_klong.train.config import OptimizerConfig
 from megatron_klong.train.export import export
 from megatron_klong.train.figures import step_figures
@@ -117,8 +118,8 @@ def open_log(config: RlConfig, folder: RunFolder, rows: ExperienceRows) -> RunLo
 def save(config: RlConfig, trainee: Trainee, folder: RunFolder, step: int) -> None:
     """Write the checkpoint, and delete what has become old."""
     progress = Progress(step=step, data_position=0, data_fingerprint=_DATA)
-    checkpoint.save(
-        folder.checkpoints, trainee.training, progress, trainee.setting, keep=config.trainer.keep_checkpoints
-    )
+    retention = Retention(newest=config.trainer.keep_checkpoints)
+    writer = CheckpointWriter(folder.checkpoints, config, retention, background=False)  # nothing is left to train
+    writer.save(trainee.training, progress, trainee.setting)
     if distributed.get_rank() == 0:
         folder.delete_weights_without_checkpoint()

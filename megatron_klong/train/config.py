@@ -103,6 +103,10 @@ class SftConfig(Config):
     """A checkpoint is also written after the last step."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Older ones are deleted once a newer one is whole."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Those at multiples of so many steps are never deleted."""
+    async_checkpoints: bool = True
+    """Whether training goes on while a checkpoint is written. Each process holds a copy of what it writes meanwhile."""
     export_initial: bool = False
     """Whether the weights before the first step are written in Hugging Face format too, to compare with."""
     export_hugging_face: bool = True

@@ -27,7 +27,8 @@ from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.load_megatron import load_megatron
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.train import checkpoint
-from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Setting
+from megatron_klong.train.checkpoint import Checkpoint, CheckpointError, Progress, Retention, Setting
+from megatron_klong.train.checkpoint_writer import CheckpointWriter
 from megatron_klong.train.config import SftConfig
 from megatron_klong.train.export import export
 from megatron_klong.train.feed import StepData, prefetched, step_data
@@ -48,6 +49,7 @@ class Run:
     data: Mixture
     model_config: ModelConfig
     training: Training
+    checkpoints: CheckpointWriter
 
     @property
     def folder(self) -> Path:
@@ -77,7 +79,7 @@ def run_sft(config: SftConfig, model_config: ModelConfig, data: Mixture) -> None
     progress = resume(run)
     if config.export_initial and progress.step == 0:
         export_weights(run, INITIAL_EXPORT)
-    with open_log(run, progress) as log, feed(run, progress) as batches:
+    with open_log(run, progress) as log, run.checkpoints, feed(run, progress) as batches:
         if progress.step == 0 and run.data.validation:
             log.write(0, validation_figures(run))
         for step in steps_left(run, progress):
@@ -87,6 +89,7 @@ def run_sft(config: SftConfig, model_config: ModelConfig, data: Mixture) -> None
             line = figures(run, given, result, seconds=time.monotonic() - started, waited=waited)
             progress = advance(run, progress)
             log.write(step, line | (validation_figures(run) if validates_after(run, step) else {}))
+            run.checkpoints.poll()
             if step % config.save_every_steps == 0 or step == run.steps:
                 save(run, progress)
     if config.export_hugging_face:
@@ -105,7 +108,9 @@ def start(config: SftConfig, model_config: ModelConfig, data: Mixture) -> Run:
     if config.megatron_init:
         load_megatron(chunks, model_config, find_checkpoint(Path(config.megatron_init)).folder)
     training = make_trainable(chunks, config.optimizer, steps=config.steps_of(data.train))
-    return Run(config=config, data=data, model_config=model_config, training=training)
+    retention = Retention(newest=config.keep_checkpoints, every_steps=config.keep_every_steps)
+    checkpoints = CheckpointWriter(config.checkpoints_folder, config, retention, background=config.async_checkpoints)
+    return Run(config=config, data=data, model_config=model_config, training=training, checkpoints=checkpoints)
 
 
 def resume(run: Run) -> Progress:
@@ -135,9 +140,8 @@ def _agree_on_latest(folder: Path) -> Checkpoint | None:
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Write a checkpoint."""
-    folder, keep = run.config.checkpoints_folder, run.config.keep_checkpoints
-    checkpoint.save(folder, run.training, progress, run.setting, keep=keep)
+    """Begin to write a checkpoint."""
+    run.checkpoints.save(run.training, progress, run.setting)
 
 
 @contextmanager

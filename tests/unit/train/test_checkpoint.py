@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_klong.model.checkpoint_folder import FORMAT, MANIFEST, VERSION
-from megatron_klong.train.checkpoint import latest
+from megatron_klong.train.checkpoint import Retention, latest
 
 
 def write(folder: Path, step: int) -> Path:
@@ -54,7 +54,7 @@ def cut_the_manifest(made: Path) -> None:
 
 
 def another_version(made: Path) -> None:
-    (made / MANIFEST).write_text((made / MANIFEST).read_text().replace('"version": 1', '"version": 2'))
+    (made / MANIFEST).write_text((made / MANIFEST).read_text().replace('"version": 2', '"version": 1'))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def another_version(made: Path) -> None:
         (lose_a_file, r"__0_0\.distcp: no bytes, manifest says 7"),
         (lose_the_manifest, r"klong\.json: not readable"),
         (cut_the_manifest, r"klong\.json: not readable"),
-        (another_version, r"klong\.json: not klong-checkpoint version 1"),
+        (another_version, r"version 1, but this program reads klong-checkpoint version 2"),
     ],
 )
 def test_a_partial_one_is_passed_over_with_the_reason(
@@ -94,3 +94,24 @@ def test_weights_alone_are_passed_over(tmp_path: Path) -> None:
     assert found is not None
     assert found.progress.step == 8
     assert "step_00000009: holds weights alone" in passed_over[0]
+
+
+@pytest.mark.parametrize(
+    ("newest", "every_steps", "kept"),
+    [
+        (1, None, [47]),
+        (2, None, [40, 47]),
+        (2, 20, [20, 40, 47]),  # 40 for both reasons
+        (1, 10, [10, 20, 30, 40, 47]),
+        (9, None, [5, 10, 15, 20, 30, 40, 47]),
+    ],
+)
+def test_the_newest_are_kept_and_those_at_multiples_for_ever(
+    newest: int, every_steps: int | None, kept: list[int], tmp_path: Path
+) -> None:
+    for step in (5, 10, 15, 20, 30, 40, 47):
+        write(tmp_path, step)
+    lose_the_manifest(write(tmp_path, 50))  # counts for nothing, and is not touched
+    Retention(newest=newest, every_steps=every_steps).delete_others(tmp_path)
+    found = [path.name for path in sorted(tmp_path.iterdir())]
+    assert found == [f"step_{step:08d}" for step in (*kept, 50)]
