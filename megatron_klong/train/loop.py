@@ -32,7 +32,9 @@ from megatron_klong.train.loss import cross_entropy
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
 from megatron_klong.train.rows import TrainingRows
+from megatron_klong.train.stall import Watchdog
 from megatron_klong.train.step import StepResult, parts_of_this_process, train_step
+from megatron_klong.train.stopping import StopRequest
 
 EXPORT, INITIAL_EXPORT = "hugging_face", "initial_hugging_face"
 
@@ -59,21 +61,30 @@ class Run:
         )
 
 
-def run_sft(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> None:
-    """The whole run. Raises CheckpointError, TrainingDiverged."""
+def run_sft(
+    config: SftConfig, model_config: ModelConfig, rows: TrainingRows, request: StopRequest, watchdog: Watchdog
+) -> None:
+    """The whole run. Raises CheckpointError, TrainingDiverged, StoppedOnRequest."""
     initialize(config.layout, seed=config.seed)
     run = start(config, model_config, rows)
     progress = resume(run)
     if config.export_initial and progress.step == 0:
         export_weights(run, INITIAL_EXPORT)
+    watchdog.done("loading")
     with open_log(run, progress) as log:
         for step in steps_left(run, progress):
             started = time.monotonic()
             result = train_step(run.training, next_batches(run, progress), cross_entropy)
             progress = advance(run, progress)
             log.write(step, figures(result, seconds=time.monotonic() - started))
-            if step % config.save_every_steps == 0 or step == config.steps:
+            watchdog.done(f"step {step}")
+            stop = request.agree()
+            if stop or step % config.save_every_steps == 0 or step == config.steps:
                 save(run, progress)
+                watchdog.done(f"the checkpoint of step {step}")
+            if stop:
+                break
+    request.end_run(progress.step)
     if config.export_hugging_face:
         export_weights(run, EXPORT)
     say(f"trained to step {progress.step}; everything is in {run.folder}")

@@ -4,8 +4,11 @@
     torchrun --nproc-per-node 2 -m megatron_klong.train.sft config.toml             two
 
 Writes config.toml, metrics.jsonl, checkpoints/ and, at the end, hugging_face/ into run_folder. Started again with
-the same run_folder, it goes on from the newest whole checkpoint. A run that diverges stops with exit status 3 and
-writes nothing more (torchrun reports that status of its processes, and ends with 1 itself).
+the same run_folder, it goes on from the newest whole checkpoint.
+
+SIGTERM or SIGUSR1 to any of its processes: all finish the step, write a checkpoint and end with 75. A run that diverges
+ends with 3 and writes nothing more; one that hangs for `stall_timeout` ends with 4, and says where. torchrun reports
+these statuses of its processes, and ends with 1 itself.
 """
 
 import logging
@@ -25,16 +28,21 @@ from megatron_klong.model.presets import preset
 from megatron_klong.processes import end_with_launcher
 from megatron_klong.train.checkpoint import CheckpointError, latest
 from megatron_klong.train.config import SftConfig
+from megatron_klong.train.failure import tell_first_failure
 from megatron_klong.train.metrics import check_wandb
 from megatron_klong.train.rows import Shards, TrainingRows
+from megatron_klong.train.stall import Watchdog
+from megatron_klong.train.stopping import STOPPED, StoppedOnRequest, StopRequest
 
 PROGRAM = "python -m megatron_klong.train.sft"
 DIVERGED = 3  # exit status
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 done, 2 the configuration or what it names cannot be used, 3 training diverged."""
+    """Exit status: 0 done, 2 the configuration or what it names cannot be used, and those named above."""
     end_with_launcher()
+    tell_first_failure()
+    request = StopRequest.listen()
     command = parse_command_line(SftConfig, arguments, program=PROGRAM, description=__doc__)
     try:
         check_processes(command.config)
@@ -44,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         if command.dry_run:
             print(plan(command.config, rows))  # below the resolved settings
             return 0
-        return train(command.config, model_config, rows)
+        return train(command.config, model_config, rows, request)
     except (ConfigError, ShardError, IndexedError, PackingError, CheckpointError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
@@ -60,7 +68,7 @@ def read_rows(config: SftConfig) -> TrainingRows:
     )
 
 
-def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> int:
+def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows, request: StopRequest) -> int:
     """Run, and return the exit status; heavy imports start here."""
     quiet_libraries()
     from megatron_klong.model.hugging_face import WeightsError
@@ -68,12 +76,16 @@ def train(config: SftConfig, model_config: ModelConfig, rows: TrainingRows) -> i
     from megatron_klong.train.step import TrainingDiverged
 
     try:
-        run_sft(config, model_config, rows)
+        with Watchdog(config.stall_timeout) as watchdog:
+            run_sft(config, model_config, rows, request, watchdog)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     except TrainingDiverged as error:
         give_up(f"sft: {error}")
         return DIVERGED
+    except StoppedOnRequest as error:
+        give_up(f"sft: {error}")
+        return STOPPED
     return 0
 
 
