@@ -4,7 +4,7 @@ Where one process fails, the others lose their connection to it and fail as well
 
 - a process that fails prints its traceback, then leaves it in the file that FIRST_END names: only the first one can
   create it (no clocks are compared), and slurm/sft.sh shows it in its log; for torchrun, it goes to its error file;
-- one that has merely lost a connection waits for the cause to be told before it speaks itself;
+- one that has merely lost a connection waits for the cause to be told, and then says no more than that;
 - both are gone at once: what tears down process groups at the end of a program may wait for the others.
 
 What ends a process without Python's knowledge is written to the same file by slurm/task.sh, in the same form.
@@ -53,10 +53,11 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     if not isinstance(error, Exception):  # Ctrl-C
         sys.__excepthook__(kind, error, trace)
         return
-    if _is_lost_connection(error):
-        _wait_for_cause()
+    cause = _wait_for_cause() if _is_lost_connection(error) else None
     reason = "".join(traceback.format_exception(kind, error, trace))
-    print(f"{this_process()} failed:\n{reason}", end="", file=sys.stderr, flush=True)
+    said = f"lost its connections, after this: {cause}\n" if cause else f"failed:\n{reason}"
+    # torch has put a hook around this one, in which sys.stderr is a string to be printed afterwards
+    print(f"{this_process()} {said}", end="", file=sys.__stderr__, flush=True)
     record_end(_FAILED, reason)
     _tell_torchrun(error)
     sys.stdout.flush()
@@ -72,12 +73,15 @@ def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
-def _wait_for_cause() -> None:
-    """The launcher ends this process as soon as it sees the one that failed."""
+def _wait_for_cause() -> str | None:
+    """Who failed first, if that is told in time. The launcher ends this process as soon as it sees that one's end."""
     path = os.environ.get(FIRST_END)
     deadline = time.monotonic() + _CAUSE_SECONDS
-    while time.monotonic() < deadline and not (path and Path(path).exists()):
+    while time.monotonic() < deadline:
+        if path and Path(path).exists():
+            return Path(path).read_text(encoding="utf-8").partition("\n")[0]
         time.sleep(0.1)
+    return None
 
 
 def _tell_torchrun(error: BaseException) -> None:
