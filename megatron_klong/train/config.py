@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_klong.config import Config, ConfigError
+from megatron_klong.config import Config, ConfigError, Duration
 from megatron_klong.data.blend import Blend
 from megatron_klong.data.sources import SourceConfig
 from megatron_klong.model.config import LayoutConfig, Precision, Recompute
@@ -111,6 +111,8 @@ class SftConfig(Config):
     """Whether the weights before the first step are written in Hugging Face format too, to compare with."""
     export_hugging_face: bool = True
     """Whether the final weights are written in Hugging Face format too."""
+    stall_timeout: Duration = Duration("30m")
+    """A start, step, checkpoint or export that takes longer is a hang: stacks are printed, and the run ends."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Curves for wandb, besides the JSON lines in the run folder."""
 

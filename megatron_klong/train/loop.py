@@ -36,7 +36,9 @@ from megatron_klong.train.figures import Figures, losses_by_group, step_figures
 from megatron_klong.train.loss import LossFunction, cross_entropy_by_group
 from megatron_klong.train.metrics import RunLog
 from megatron_klong.train.optimizer import Training, make_trainable
+from megatron_klong.train.stall import Watchdog
 from megatron_klong.train.step import StepResult, evaluate, parts_of_this_process, train_step
+from megatron_klong.train.stopping import StopRequest
 
 EXPORT, INITIAL_EXPORT = "hugging_face", "initial_hugging_face"
 
@@ -72,13 +74,16 @@ class Run:
         )
 
 
-def run_sft(config: SftConfig, model_config: ModelConfig, data: Mixture) -> None:
-    """The whole run. Raises CheckpointError, TrainingDiverged."""
+def run_sft(
+    config: SftConfig, model_config: ModelConfig, data: Mixture, request: StopRequest, watchdog: Watchdog
+) -> None:
+    """The whole run. Raises CheckpointError, TrainingDiverged, StoppedOnRequest."""
     initialize(config.layout, seed=config.seed)
     run = start(config, model_config, data)
     progress = resume(run)
     if config.export_initial and progress.step == 0:
         export_weights(run, INITIAL_EXPORT)
+    watchdog.done("loading")
     with open_log(run, progress) as log, run.checkpoints, feed(run, progress) as batches:
         if progress.step == 0 and run.data.validation:
             log.write(0, validation_figures(run))
@@ -89,9 +94,15 @@ def run_sft(config: SftConfig, model_config: ModelConfig, data: Mixture) -> None
             line = figures(run, given, result, seconds=time.monotonic() - started, waited=waited)
             progress = advance(run, progress)
             log.write(step, line | (validation_figures(run) if validates_after(run, step) else {}))
+            watchdog.done(f"step {step}")
             run.checkpoints.poll()
-            if step % config.save_every_steps == 0 or step == run.steps:
+            stop = request.agree()
+            if stop or step % config.save_every_steps == 0 or step == run.steps:
                 save(run, progress)
+                watchdog.done(f"the checkpoint of step {step}")
+            if stop:
+                break
+    request.end_run(progress.step)
     if config.export_hugging_face:
         export_weights(run, EXPORT)
     say(f"trained to step {progress.step}; everything is in {run.folder}")

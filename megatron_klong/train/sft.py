@@ -4,8 +4,11 @@
     torchrun --nproc-per-node 2 -m megatron_klong.train.sft config.toml             two
 
 Writes config.toml, metrics.jsonl, checkpoints/ and, at the end, hugging_face/ into run_folder. Started again with
-the same run_folder, it goes on from the newest whole checkpoint. A run that diverges stops with exit status 3 and
-writes nothing more (torchrun reports that status of its processes, and ends with 1 itself).
+the same run_folder, it goes on from the newest whole checkpoint.
+
+SIGTERM or SIGUSR1 to any of its processes: all finish the step, write a checkpoint and end with 75. A run that diverges
+ends with 3 and writes nothing more; one that hangs for `stall_timeout` ends with 4, and says where. torchrun reports
+these statuses of its processes, and ends with 1 itself.
 """
 
 import logging
@@ -26,16 +29,21 @@ from megatron_klong.model.presets import preset
 from megatron_klong.processes import end_with_launcher
 from megatron_klong.train.checkpoint import CheckpointError
 from megatron_klong.train.config import SftConfig
+from megatron_klong.train.failure import tell_first_failure
 from megatron_klong.train.metrics import check_wandb
 from megatron_klong.train.plan import data_parallel_size, plan, world_size
+from megatron_klong.train.stall import Watchdog
+from megatron_klong.train.stopping import STOPPED, StoppedOnRequest, StopRequest
 
 PROGRAM = "python -m megatron_klong.train.sft"
 DIVERGED = 3  # exit status
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 done, 2 the configuration or what it names cannot be used, 3 training diverged."""
+    """Exit status: 0 done, 2 the configuration or what it names cannot be used, and those named above."""
     end_with_launcher()
+    tell_first_failure()
+    request = StopRequest.listen()
     command = parse_command_line(SftConfig, arguments, program=PROGRAM, description=__doc__)
     try:
         check_processes(command.config)
@@ -45,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         if command.dry_run:
             print(plan(command.config, model_config, data))  # below the resolved settings
             return 0
-        return train(command.config, model_config, data)
+        return train(command.config, model_config, data, request)
     except (ConfigError, ShardError, IndexedError, PackingError, CheckpointError) as error:
         print(f"sft: {error}", file=sys.stderr)
         return 2
@@ -65,7 +73,7 @@ def open_data(config: SftConfig) -> Mixture:
     return data
 
 
-def train(config: SftConfig, model_config: ModelConfig, data: Mixture) -> int:
+def train(config: SftConfig, model_config: ModelConfig, data: Mixture, request: StopRequest) -> int:
     """Run, and return the exit status; heavy imports start here."""
     quiet_libraries()
     from megatron_klong.model.hugging_face import WeightsError
@@ -73,12 +81,16 @@ def train(config: SftConfig, model_config: ModelConfig, data: Mixture) -> int:
     from megatron_klong.train.step import TrainingDiverged
 
     try:
-        run_sft(config, model_config, data)
+        with Watchdog(config.stall_timeout) as watchdog:
+            run_sft(config, model_config, data, request, watchdog)
     except WeightsError as error:
         raise ConfigError(str(error)) from error
     except TrainingDiverged as error:
         give_up(f"sft: {error}")
         return DIVERGED
+    except StoppedOnRequest as error:
+        give_up(f"sft: {error}")
+        return STOPPED
     return 0
 
 

@@ -13,17 +13,30 @@ from tests.conftest import REPOSITORY
 from tests.ports import free_port
 from tests.unit.train.builders import ROW_TOKENS
 
-
-def start(shard: Path, run_folder: Path, *flags: str, processes: int = 2) -> "subprocess.Popen[str]":
-    """torchrun on loopback, one thread a process; `finish` or `kill` it."""
-    torchrun = ["torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return _popen([*torchrun, "--nproc-per-node", str(processes), "-m", *_program(shard, run_folder, flags)])
+FAULTY = Path(__file__).with_name("faulty.py")
 
 
-def start_each(shard: Path, run_folder: Path, *flags: str, processes: int = 2) -> "list[subprocess.Popen[str]]":
+def start(
+    shard: Path, run_folder: Path, *flags: str, processes: int = 2, fault: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    """torchrun on loopback, one thread a process; `finish` or `kill` it. fault: see faulty.py."""
+    torchrun = ["-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    torchrun += ["--nproc-per-node", str(processes)]
+    return _popen([*torchrun, *_faulty(fault), *_program(shard, run_folder, flags)])
+
+
+def start_each(
+    shard: Path,
+    run_folder: Path,
+    *flags: str,
+    processes: int = 2,
+    fault: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> "list[subprocess.Popen[str]]":
     """As srun does: every process by itself, so that each has an exit status and a screen of its own."""
-    program = _program(shard, run_folder, flags)
+    program = [*_faulty(fault), *_program(shard, run_folder, flags)]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    meeting.update(environment or {})
     return [_popen(program, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
 
@@ -42,14 +55,18 @@ def _program(shard: Path, run_folder: Path, flags: Sequence[str]) -> list[str]:
         "global_batch_rows": "4",
     }
     defaults = [part for key, value in settings.items() for part in (f"--{key}", value)]
-    return ["megatron_klong.train.sft", *defaults, *flags]
+    return ["-m", "megatron_klong.train.sft", *defaults, *flags]
+
+
+def _faulty(fault: Sequence[str]) -> list[str]:
+    return [str(FAULTY), *fault] if fault else []
 
 
 def _popen(
-    module: Sequence[str], environment: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    program: Sequence[str], environment: Mapping[str, str] | None = None, under: Sequence[str] = ()
 ) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*under, sys.executable, "-m", *module],
+        [*under, sys.executable, *program],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", **(environment or {})},
         stdout=subprocess.PIPE,
