@@ -9,7 +9,7 @@ Position n of the order is one integer, whatever the number of processes, and a 
 
 Always (tests/unit/data/test_blend.py): each pass through a source holds each of its windows once; the trained tokens
 of the rounds so far are shared as the weights say, to within one window a source; all processes see the same rows.
-Imports no torch until a batch is made.
+Imports no torch until a batch is made. Not for several threads at once: the round in use is remembered.
 """
 
 import hashlib

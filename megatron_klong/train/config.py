@@ -96,6 +96,9 @@ class SftConfig(Config):
     """Packed rows an update, over all data-parallel processes."""
     row_tokens: int = Field(gt=0)
     """Length of a packed row; the longest window must fit."""
+    window_multiple: int = Field(default=1, gt=0)
+    """Windows are padded to a multiple of it in their row. Context parallelism needs 2 * layout.context_parallel, and
+    takes no less; a run that is to go on under more of it than it began with is given that from the beginning."""
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = Field(default=0, ge=0)
     """Of random weights and of the order of the rows."""
@@ -120,6 +123,11 @@ class SftConfig(Config):
     def all_sources(self) -> dict[str, SourceConfig]:
         """By name, also where only shards are given."""
         return self.sources or {"shards": SourceConfig(shards=self.shards)}
+
+    @property
+    def padded_to(self) -> int:
+        """What windows are padded to a multiple of."""
+        return math.lcm(self.window_multiple, self.layout.window_multiple)
 
     def steps_of(self, blend: Blend) -> int:
         """Steps of a run on it. Raises ConfigError where the schedule does not fit into them."""
@@ -153,4 +161,6 @@ class SftConfig(Config):
         if self.hugging_face_init and self.megatron_init:
             raise ValueError("hugging_face_init and megatron_init are both given; drop the one that is not to be used")
         self.layout.check_row(self.row_tokens)
+        if self.row_tokens % self.padded_to:
+            raise ValueError(f"row_tokens {self.row_tokens} is no multiple of window_multiple {self.window_multiple}")
         return self

@@ -52,14 +52,11 @@ class Run:
     model_config: ModelConfig
     training: Training
     checkpoints: CheckpointWriter
+    steps: int
 
     @property
     def folder(self) -> Path:
         return Path(self.config.run_folder)
-
-    @property
-    def steps(self) -> int:
-        return self.config.steps_of(self.data.train)
 
     @property
     def loss(self) -> LossFunction:
@@ -118,10 +115,18 @@ def start(config: SftConfig, model_config: ModelConfig, data: Mixture) -> Run:
         load_hugging_face(chunks, model_config, Path(config.hugging_face_init))
     if config.megatron_init:
         load_megatron(chunks, model_config, find_checkpoint(Path(config.megatron_init)).folder)
-    training = make_trainable(chunks, config.optimizer, steps=config.steps_of(data.train))
+    steps = config.steps_of(data.train)
+    training = make_trainable(chunks, config.optimizer, steps=steps)
     retention = Retention(newest=config.keep_checkpoints, every_steps=config.keep_every_steps)
     checkpoints = CheckpointWriter(config.checkpoints_folder, config, retention, background=config.async_checkpoints)
-    return Run(config=config, data=data, model_config=model_config, training=training, checkpoints=checkpoints)
+    return Run(
+        config=config,
+        data=data,
+        model_config=model_config,
+        training=training,
+        checkpoints=checkpoints,
+        steps=steps,
+    )
 
 
 def resume(run: Run) -> Progress:
@@ -131,8 +136,9 @@ def resume(run: Run) -> Progress:
         return Progress(step=0, data_position=0, data_fingerprint=run.data.train.fingerprint)
     if found.progress.data_fingerprint != run.data.train.fingerprint:
         raise CheckpointError(
-            f"{found.folder}: its run had other rows (sources, weights, validation_share, row_tokens or seed have "
-            "changed); set them back, or use another run_folder"
+            f"{found.folder}: its run had other rows (sources, weights, validation_share, row_tokens, seed or "
+            "what windows are padded to, window_multiple and 2 * layout.context_parallel, have changed); set them "
+            "back, or use another run_folder"
         )
     checkpoint.load(found, run.training, run.setting)
     say(f"resumed from {found.folder}")

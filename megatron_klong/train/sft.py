@@ -66,7 +66,7 @@ def open_data(config: SftConfig) -> Mixture:
         row_tokens=config.row_tokens,
         seed=config.seed,
         validation_share=config.validation_share,
-        window_multiple=config.layout.window_multiple,
+        window_multiple=config.padded_to,
         verify=os.environ.get("RANK", "0") == "0",  # one process reads all there is
     )
     data.train.row_at(0)

@@ -138,7 +138,7 @@ def test_a_run_goes_on_in_another_layout(layout: str, shard: Path, undisturbed: 
     [
         (
             ["--seed", "5"],
-            "its run had other rows (sources, weights, validation_share, row_tokens or seed have changed)",
+            "its run had other rows (sources, weights, validation_share, row_tokens, seed or what windows",
         ),
         (["--mtp_loss_weight", "0.3"], "of another model (mtp_loss_weight)"),
     ],

@@ -13,10 +13,22 @@ from tests.unit.trajectory.builders import assistant, bash, byte_tokenizer, poli
 ROW_TOKENS = 256
 
 
-def mixture_of(*prefixes: Path, row_tokens: int = ROW_TOKENS, seed: int = 0, window_multiple: int = 1) -> Mixture:
+def mixture_of(
+    *prefixes: Path,
+    row_tokens: int = ROW_TOKENS,
+    seed: int = 0,
+    window_multiple: int = 1,
+    validation_share: float = 0.0,
+) -> Mixture:
     """As the SFT program opens them by default."""
     source = SourceConfig(shards=tuple(map(str, prefixes)))
-    return open_mixture({"shards": source}, row_tokens=row_tokens, seed=seed, window_multiple=window_multiple)
+    return open_mixture(
+        {"shards": source},
+        row_tokens=row_tokens,
+        seed=seed,
+        validation_share=validation_share,
+        window_multiple=window_multiple,
+    )
 
 
 def small_shard(prefix: Path, tokenizer: Tokenizer | None = None) -> Path:
