@@ -21,13 +21,17 @@ def training_flops(model: ModelConfig, window_tokens: Iterable[int]) -> float:
 
 def weights_a_token(model: ModelConfig) -> int:
     """Entries of all matrices that a token is multiplied with; its embedding is only looked up."""
-    hidden, width = model.hidden_size, model.head_dim
-    attention = 2 * hidden * width * (model.num_attention_heads + model.num_key_value_heads)
-    dense = 3 * hidden * model.intermediate_size
-    experts = model.num_experts_per_tok + model.n_shared_experts
-    sparse = 3 * hidden * model.moe_intermediate_size * experts + hidden * model.n_routed_experts
-    output = hidden * model.vocab_size
-    first = model.first_k_dense_replace
-    layers = model.num_hidden_layers * attention + first * dense + (model.num_hidden_layers - first) * sparse
-    following = model.num_nextn_predict_layers * (attention + sparse + 2 * hidden * hidden + output)
-    return layers + output + following
+    hidden, output = model.hidden_size, model.hidden_size * model.vocab_size
+    attention = 2 * hidden * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
+    following = model.num_nextn_predict_layers
+    layers = model.num_hidden_layers + following
+    routers = (layers - model.first_k_dense_replace) * hidden * model.n_routed_experts
+    return mlp_weights_a_token(model) + layers * attention + routers + output + following * (2 * hidden**2 + output)
+
+
+def mlp_weights_a_token(model: ModelConfig) -> int:
+    """Of these, those of the MLPs and of the experts that the token goes to."""
+    experts = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+    dense = model.first_k_dense_replace
+    sparse = model.num_hidden_layers + model.num_nextn_predict_layers - dense
+    return 3 * model.hidden_size * (dense * model.intermediate_size + sparse * experts)

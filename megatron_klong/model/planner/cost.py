@@ -10,6 +10,7 @@ out, so the figures are high.
 import math
 from dataclasses import dataclass
 
+from megatron_klong.model.flops import mlp_weights_a_token, training_flops
 from megatron_klong.model.planner.plan import Plan
 from megatron_klong.model.planner.shapes import ELEMENT_BYTES
 
@@ -79,25 +80,9 @@ def _speed(group: int) -> float:
 
 
 def _flops_per_token(plan: Plan) -> float:
-    """Forward and backward: 6 a parameter that a token meets, and causal attention over half a window on average."""
-    attention = 6 * plan.model.num_hidden_layers * plan.model.num_attention_heads * plan.model.head_dim
-    return 6 * (_mlp_parameters(plan) + _other_parameters(plan)) + attention * plan.work.row_tokens
+    """Forward and backward, with one window a row."""
+    return training_flops(plan.model, [plan.work.row_tokens]) / plan.work.row_tokens
 
 
 def _mlp_share(plan: Plan) -> float:
-    return 6 * _mlp_parameters(plan) / _flops_per_token(plan)
-
-
-def _mlp_parameters(plan: Plan) -> float:
-    """That a token meets."""
-    model = plan.model
-    experts = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
-    dense = model.first_k_dense_replace
-    widths = dense * model.intermediate_size + (model.num_hidden_layers - dense) * experts
-    return 3 * model.hidden_size * widths
-
-
-def _other_parameters(plan: Plan) -> float:
-    model = plan.model
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    return model.hidden_size * (model.num_hidden_layers * heads * model.head_dim + model.vocab_size)
+    return 6 * mlp_weights_a_token(plan.model) / _flops_per_token(plan)

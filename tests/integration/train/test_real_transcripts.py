@@ -60,7 +60,9 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trai
     assert report.trained_tokens == report.trainable_tokens
     assert not report.dropped_tokens
     folder = root / "run"
-    finish(start(prefix, folder, *FLAGS, "--validation_share", "0.1", "--validate_every_steps", "10"))
+    finish(
+        start(prefix, folder, *FLAGS, "--validation_share", "0.1", "--validate_every_steps", "10"), timeout_seconds=400
+    )
     return Trained(prefix=prefix, folder=folder, tokenizer=tokenizer, lines=read_metrics(folder))
 
 

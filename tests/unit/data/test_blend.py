@@ -138,3 +138,25 @@ def test_the_fingerprint_follows_everything_that_moves_a_row() -> None:
 def test_a_part_that_trains_nothing_is_named() -> None:
     with pytest.raises(ShardError, match="source b: nothing in it is to be trained"):
         Blend([part("a", Lengths([4])), part("b", Lengths([4], [0]))], row_tokens=ROW, seed=0)
+
+
+@pytest.mark.parametrize(("share_of_short", "at_least"), [(0.15, 0.985), (0.5, 0.985), (1e-6, 0.9)])
+def test_rows_of_128k_are_full_on_lengths_like_those_of_split_trajectories(
+    share_of_short: float, at_least: float
+) -> None:
+    """Windows of long transcripts end up to one turn's room short of a row; short samples fill what they leave."""
+    random = np.random.default_rng(0)
+    row = 131072
+    long = []
+    for _ in range(150):
+        cuts = random.integers(3, 8)
+        long += [int(row * part) for part in (*random.uniform(0.875, 1.0, cuts), random.uniform(0.25, 1.0))]
+    short = np.clip(random.lognormal(np.log(1500), 1.0, 20_000).astype(int), 64, 32768).tolist()
+    parts = [
+        part("trajectories", Lengths(long, [length // 3 for length in long]), 1 - share_of_short),
+        part("comprehensive", Lengths(short, [length // 2 for length in short]), share_of_short),
+    ]
+    blend = Blend(parts, row_tokens=row, seed=0)
+    rows = [filled for number in range(2) for filled in blend.rows_of(number)]
+    tokens = sum(int(blend.lengths_tokens[list(filled)].sum()) for filled in rows)
+    assert tokens / (len(rows) * row) >= at_least, tokens / (len(rows) * row)
