@@ -2,8 +2,8 @@
 
 LAYOUTS: {"<name>": [its fields, [the names of those it reads]]}. WORK is `write`, `read` or both with a comma. write:
 each layout trains, saves into FOLDER/<its name> and trains on. read: each layout takes up the checkpoints of those it
-reads, saves what it has loaded into FOLDER/again/<writer> <reader>, and trains on. FOLDER/losses.json gets the losses of the steps behind a checkpoint, {"<writer> <reader>": [...]}, with the
-reader `undisturbed` for those of the writer itself.
+reads, saves what it has loaded into FOLDER/again/<writer> <reader>, and trains on. FOLDER/losses.json gets the losses
+of the steps behind a checkpoint, {"<writer> <reader>": [...]}, with the reader `undisturbed` for the writer's own.
 """
 
 import json
