@@ -18,7 +18,7 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from torch import distributed
 from megatron_klong.config import Config, write_resolved
 from megatron_klong.model.checkpoint_folder import (
     CheckpointError,
+    Checksums,
     Setting,
     checksums,
     file_names,
@@ -56,7 +57,7 @@ class _Save:
     setting: Setting
     finalize: list[Callable[[], None]]
     thread: threading.Thread | None = None
-    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Checksums = field(default_factory=dict)
     fault: str | None = None
 
 
@@ -93,13 +94,12 @@ class CheckpointWriter:
             final=final, temporary=temporary, progress=progress, setting=setting, finalize=request.finalize_fns
         )
         write = _writing(request, save)
+        self._current = save
         if self._background:
             save.thread = threading.Thread(target=write, name=f"writes {final.name}", daemon=True)
             save.thread.start()
         else:
             write()
-        self._current = save
-        if not self._background:
             self.finish()
 
     def poll(self) -> None:
@@ -132,7 +132,7 @@ class CheckpointWriter:
             shutil.rmtree(left_by_a_kill)
         temporary.mkdir(parents=True)
 
-    def _publish(self, save: _Save, files: Mapping[str, Mapping[str, Any]]) -> None:
+    def _publish(self, save: _Save, files: Checksums) -> None:
         write_resolved(self._config, save.temporary / CONFIG)
         others = [name for name in file_names(save.temporary) if name not in files]
         whole = {**files, **checksums(save.temporary, others)}
