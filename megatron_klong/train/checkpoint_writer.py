@@ -159,7 +159,7 @@ def _writing(request: Any, save: _Save) -> Callable[[], None]:
     def write() -> None:
         try:
             results.put({number: _write_file(number, bucket, transforms) for number, bucket in enumerate(buckets)})
-            save.files |= checksums(save.temporary, [Path(path).name for path, _, _ in buckets])
+            save.files = checksums(save.temporary, [Path(path).name for path, _, _ in buckets])
         except Exception as error:  # the edge of the thread: `finish` raises it, on every process
             save.fault = f"{error}; see to the disk, and start again to go on"
 
