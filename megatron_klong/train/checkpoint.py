@@ -67,8 +67,9 @@ class Retention:
         return for_ever | set(sorted(steps)[-self.newest :])
 
     def delete_others(self, folder: Path) -> None:
-        """All others that are whole; what is damaged is left to be looked into."""
-        whole = {_step(path): path for path in folder.glob(f"{_NAME}*") if (path / MANIFEST).exists()}
+        """All others that are whole; what is damaged, or has another name, is left to be looked into."""
+        names = [path.name for path in folder.glob(_NAME + 8 * "[0-9]") if (path / MANIFEST).exists()]
+        whole = {int(name.removeprefix(_NAME)): folder / name for name in names}
         for step in sorted(whole.keys() - self.kept(whole)):
             delete(whole[step])
 
@@ -76,10 +77,6 @@ class Retention:
 def checkpoint_name(step: int) -> str:
     """Of its folder."""
     return f"{_NAME}{step:08d}"
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix(_NAME))
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
