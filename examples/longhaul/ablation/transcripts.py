@@ -29,9 +29,10 @@ from examples.longhaul.names import DATASETS, METHODS
 from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall, Transcript
 
 PHASES = range(1, 5)  # of a long transcript
-DEMONSTRATED = range(1)  # the one phase of a short one
+DEMONSTRATED = range(1)  # the one phase of a demonstration
 WORDS_PER_PHASE = 10
 SETTINGS_PER_PHASE = (6, 8)  # of the words of a phase, those that the paper of a task has; each is asked for in a turn
+SETTINGS_DEMONSTRATED = (2, 3)  # few, so that there is little to confuse
 PAGES = 2
 FIRST_LOGS = 2  # results that log and do not ask, so that there is something to ask for
 NUM_VALUES = 16
@@ -61,16 +62,24 @@ def logs_of(phase: int) -> tuple[str, ...]:
     return DATASETS[phase * WORDS_PER_PHASE : (phase + 1) * WORDS_PER_PHASE]
 
 
-def transcripts(count: int, *, seed: str, phases: Sequence[int] = PHASES) -> Iterator[Transcript]:
-    """Transcripts that no other seed gives."""
+def transcripts(count: int, *, seed: str) -> Iterator[Transcript]:
+    """Long ones that no other seed gives."""
     for number in range(count):
-        yield transcript(f"{seed}/{number}", phases)
+        yield transcript(f"{seed}/{number}")
 
 
-def transcript(seed: str, phases: Sequence[int] = PHASES) -> Transcript:
+def demonstrations(count: int, *, seed: str) -> Iterator[Transcript]:
+    """Short ones that no other seed gives; each fits into a window."""
+    for number in range(count):
+        yield transcript(f"{seed}/{number}", phases=DEMONSTRATED, settings=SETTINGS_DEMONSTRATED)
+
+
+def transcript(
+    seed: str, *, phases: Sequence[int] = PHASES, settings: tuple[int, int] = SETTINGS_PER_PHASE
+) -> Transcript:
     """One task, answered without a fault."""
     chosen = random.Random(seed)
-    paper = {phase: _facts(chosen, settings_of(phase), chosen.randint(*SETTINGS_PER_PHASE)) for phase in phases}
+    paper = {phase: _facts(chosen, settings_of(phase), chosen.randint(*settings)) for phase in phases}
     messages = [Message(role=Role.USER, content=TASK), *_reading(chosen, paper)]
     steps = list(_steps(chosen, paper))
     for step in steps:
