@@ -13,8 +13,8 @@
     ...
 
 The work goes through phases, as a long task does: what is asked in a phase belongs to that phase alone, in the paper
-and in the logs, so the words of a late phase are met in late turns only. Demonstrations are short: one phase, with
-words of its own.
+and in the logs, so the words of a late phase are met in late turns only. Demonstrations are short, and have words of
+their own: a paper, and all of it asked for twice.
 
 Always (tests/unit/examples/test_ablation_transcripts.py): a setting of the paper is asked for exactly once, a logged
 fact at most once, one to three results after the one that logged it; the same seed gives the same transcripts.
@@ -29,13 +29,13 @@ from examples.longhaul.names import DATASETS, METHODS
 from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall, Transcript
 
 PHASES = range(1, 5)  # of a long transcript
-DEMONSTRATED = range(1)  # the one phase of a demonstration
+DEMONSTRATED = 0  # whose words demonstrations use
 WORDS_PER_PHASE = 10
 SETTINGS_PER_PHASE = (6, 8)  # of the words of a phase, those that the paper of a task has; each is asked for in a turn
-SETTINGS_DEMONSTRATED = (2, 3)  # few, so that there is little to confuse
+FACTS_DEMONSTRATED = (4, 8)
 PAGES = 2
 FIRST_LOGS = 2  # results that log and do not ask, so that there is something to ask for
-NUM_VALUES = 16
+NUM_VALUES = 32  # many more than a demonstration holds: to say any value it holds is then a first step
 VALUES = tuple(str(number) for number in range(LOWEST_NUMBER, LOWEST_NUMBER + NUM_VALUES))
 
 TASK = "read the paper, then answer"
@@ -48,7 +48,7 @@ class Step:
     """One turn's reply and the result that follows it: a fact that is logged, and those that are asked for next."""
 
     said: Sequence[Fact]
-    logged: Fact
+    logged: Fact | None
     asked: Sequence[Fact]
 
 
@@ -71,26 +71,45 @@ def transcripts(count: int, *, seed: str) -> Iterator[Transcript]:
 def demonstrations(count: int, *, seed: str) -> Iterator[Transcript]:
     """Short ones that no other seed gives; each fits into a window."""
     for number in range(count):
-        yield transcript(f"{seed}/{number}", phases=DEMONSTRATED, settings=SETTINGS_DEMONSTRATED)
+        yield demonstration(f"{seed}/{number}")
 
 
-def transcript(
-    seed: str, *, phases: Sequence[int] = PHASES, settings: tuple[int, int] = SETTINGS_PER_PHASE
-) -> Transcript:
-    """One task, answered without a fault."""
+def transcript(seed: str) -> Transcript:
+    """One long task, answered without a fault."""
     chosen = random.Random(seed)
-    paper = {phase: _facts(chosen, settings_of(phase), chosen.randint(*settings)) for phase in phases}
-    messages = [Message(role=Role.USER, content=TASK), *_reading(chosen, paper)]
+    paper = {phase: _facts(chosen, settings_of(phase), chosen.randint(*SETTINGS_PER_PHASE)) for phase in PHASES}
+    messages = [
+        Message(role=Role.USER, content=TASK),
+        *_reading(chosen, [fact for part in paper.values() for fact in part]),
+    ]
     steps = list(_steps(chosen, paper))
     for step in steps:
         messages += _turn(step)
     messages.append(Message(role=Role.ASSISTANT, content=_saying(steps[-1].asked)))
+    return _made(seed, messages)
+
+
+def demonstration(seed: str) -> Transcript:
+    """A short paper, all of which is asked for, twice and each time in another order."""
+    chosen = random.Random(seed)
+    facts = _facts(chosen, settings_of(DEMONSTRATED) + logs_of(DEMONSTRATED), chosen.randint(*FACTS_DEMONSTRATED))
+    messages = [Message(role=Role.USER, content=TASK), *_reading(chosen, facts)]
+    said: list[Fact] = []
+    for _ in range(2):
+        asked = chosen.sample(facts, len(facts))
+        messages += _turn(Step(said=said, logged=None, asked=asked))
+        said = asked
+    messages.append(Message(role=Role.ASSISTANT, content=_saying(said)))
+    return _made(seed, messages)
+
+
+def _made(seed: str, messages: list[Message]) -> Transcript:
     return Transcript(id=seed, task=seed, source="examples.longhaul.ablation", tools=(), messages=tuple(messages))
 
 
 def texts(count: int, *, seed: str) -> Iterator[str]:
     """What a tokenizer is trained on, as it stands between control tokens; the words occur behind a space."""
-    everything = [word for phase in (*DEMONSTRATED, *PHASES) for word in (*settings_of(phase), *logs_of(phase))]
+    everything = [word for phase in (DEMONSTRATED, *PHASES) for word in (*settings_of(phase), *logs_of(phase))]
     for made in transcripts(count, seed=seed):
         for message in made.messages:
             yield f"\n{message.content}\n"
@@ -102,9 +121,8 @@ def _facts(chosen: random.Random, words: Sequence[str], count: int) -> list[Fact
     return [(word, chosen.choice(VALUES)) for word in chosen.sample(words, count)]
 
 
-def _reading(chosen: random.Random, paper: Mapping[int, list[Fact]]) -> Iterator[Message]:
+def _reading(chosen: random.Random, facts: list[Fact]) -> Iterator[Message]:
     """The paper in pages, its settings in no order."""
-    facts = [fact for part in paper.values() for fact in part]
     shuffled = chosen.sample(facts, len(facts))
     size = -(-len(shuffled) // PAGES)
     pages = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
@@ -137,8 +155,9 @@ def _neighbours_swapped(chosen: random.Random, facts: list[Fact]) -> list[Fact]:
 
 def _turn(step: Step) -> Iterator[Message]:
     yield Message(role=Role.ASSISTANT, content=_saying(step.said), tool_calls=(ToolCall(name="next", arguments={}),))
-    asked = f"\nask {' '.join(word for word, _ in step.asked)}" if step.asked else ""
-    yield Message(role=Role.TOOL, content=f"log {_spelled([step.logged])}{asked}")
+    lines = [f"log {_spelled([step.logged])}"] if step.logged else []
+    lines += [f"ask {' '.join(word for word, _ in step.asked)}"] if step.asked else []
+    yield Message(role=Role.TOOL, content="\n".join(lines))
 
 
 def _saying(facts: Sequence[Fact]) -> str:

@@ -6,6 +6,7 @@ from examples.longhaul.ablation.transcripts import (
     DEMONSTRATED,
     PHASES,
     VALUES,
+    demonstration,
     logs_of,
     settings_of,
     transcript,
@@ -62,7 +63,7 @@ def test_what_a_phase_asks_of_the_paper_belongs_to_it(seed: str) -> None:
 
 
 def test_no_two_phases_share_a_word() -> None:
-    words = [word for phase in (*DEMONSTRATED, *PHASES) for word in (*settings_of(phase), *logs_of(phase))]
+    words = [word for phase in (DEMONSTRATED, *PHASES) for word in (*settings_of(phase), *logs_of(phase))]
     assert len(set(words)) == len(words)
 
 
@@ -76,3 +77,16 @@ def test_the_same_seed_gives_the_same_transcripts_and_another_one_others() -> No
     first, again, other = (list(transcripts(3, seed=seed)) for seed in ("x", "x", "y"))
     assert first == again
     assert not [made for made in other if made.messages in [seen.messages for seen in first]]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_demonstration_asks_twice_for_all_that_its_paper_has(seed: str) -> None:
+    made = demonstration(seed)
+    told = sorted(tuple(words) for _, words in lines(made, "set"))
+    answered = said(made)
+    assert [sorted(answered[: len(told)]), sorted(answered[len(told) :])] == [told, told]
+    own = {*settings_of(DEMONSTRATED), *logs_of(DEMONSTRATED)}
+    assert {word for word, _ in told} <= own
+    assert {number + 1: words for number, words in lines(made, "ask")} == {
+        number: words[::2] for number, words in lines(made, "say")
+    }
