@@ -8,7 +8,7 @@ export VENV
 export TORCHDYNAMO_DISABLE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint typecheck format clean
+.PHONY: help setup quickstart evidence test lint typecheck format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ setup: ## make the virtual environment (the other targets do so by themselves)
 
 quickstart: setup ## run the whole pipeline with a tiny model on this CPU
 	@exec $(VENV)/bin/python -m examples.quickstart $(ARGS)
+
+evidence: setup ## train the tiny model on five ways to cut long transcripts and compare them, into benchmarks/results/
+	@exec $(VENV)/bin/python benchmarks/split_ablation.py --results benchmarks/results $(ARGS)
 
 test: lint typecheck ## lint, type check, then all tests that need neither a GPU nor hours
 	@exec $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
