@@ -130,7 +130,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     initialize(LayoutConfig(), seed=1)
     config = shape(options.scale)
-    training = make_trainable(build_model(config, LayoutConfig()), OptimizerConfig(), steps=100000)
+    training = make_trainable([build_model(config, LayoutConfig())], OptimizerConfig(), steps=100000)
     taken: dict[str, list[float]] = {"waited for": [], "step": [], "copy": [], "publish": [], "all": [], "steps": []}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         saves = Saves(Path(scratch), training, random_batch(config, options.tokens))

@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -43,19 +44,20 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_klong.data.batch import PackedBatch, pack  # noqa: E402
-from megatron_klong.data.packing import pack_rows  # noqa: E402
+from megatron_klong.data.blend import Blend  # noqa: E402
+from megatron_klong.data.mixture import Mixture, open_mixture  # noqa: E402
 from megatron_klong.data.shard import ShardWriter  # noqa: E402
-from megatron_klong.model.build import build_model  # noqa: E402
+from megatron_klong.model.build import build_chunks  # noqa: E402
 from megatron_klong.model.config import LayoutConfig, ModelConfig  # noqa: E402
 from megatron_klong.model.parallel import initialize  # noqa: E402
 from megatron_klong.model.presets import tiny  # noqa: E402
 from megatron_klong.tables import aligned  # noqa: E402
-from megatron_klong.train.checkpoint import Progress  # noqa: E402
+from megatron_klong.train.checkpoint import Progress, Retention  # noqa: E402
+from megatron_klong.train.checkpoint_writer import CheckpointWriter  # noqa: E402
 from megatron_klong.train.config import SftConfig  # noqa: E402
-from megatron_klong.train.loop import Run, advance, figures, next_batches, open_log, save  # noqa: E402
+from megatron_klong.train.loop import Run, advance, feed, figures, open_log, save  # noqa: E402
 from megatron_klong.train.loss import cross_entropy  # noqa: E402
 from megatron_klong.train.optimizer import Training, make_trainable  # noqa: E402
-from megatron_klong.train.rows import Shards, TrainingRows  # noqa: E402
 from megatron_klong.train.step import train_step  # noqa: E402
 from megatron_klong.trajectory.context import ContextPolicy  # noqa: E402
 from megatron_klong.trajectory.schema import Reading, Role, Transcript  # noqa: E402
@@ -168,34 +170,39 @@ def shape(scale: int) -> ModelConfig:
 def trainable(config: SftConfig, model_config: ModelConfig) -> Training:
     """The same weights at every call."""
     torch.manual_seed(1)
-    model = build_model(model_config, config.layout, precision=config.precision)
-    return make_trainable(model, config.optimizer, steps=config.steps)
+    chunks = build_chunks(model_config, config.layout, precision=config.precision)
+    return make_trainable(chunks, config.optimizer, steps=STEPS)
 
 
 class Program:
     """The loop of the SFT program, a step at a time."""
 
-    def __init__(self, config: SftConfig, model_config: ModelConfig) -> None:
-        rows = TrainingRows(Shards(config.shards), row_tokens=config.row_tokens, seed=config.seed)
-        training = trainable(config, model_config)
-        self.run = Run(config=config, rows=rows, model_config=model_config, training=training)
-        self.progress = Progress(step=0, data_position=0, data_fingerprint=rows.fingerprint)
+    def __init__(self, config: SftConfig, model_config: ModelConfig, data: Mixture, stack: ExitStack) -> None:
+        self.run = Run(
+            config=config,
+            data=data,
+            model_config=model_config,
+            training=trainable(config, model_config),
+            checkpoints=stack.enter_context(
+                CheckpointWriter(config.checkpoints_folder, config, Retention(newest=1), background=True)
+            ),
+            steps=STEPS,
+        )
+        self.progress = Progress(step=0, data_position=0, data_fingerprint=data.train.fingerprint)
         self.waited = 0.0
         self.run.folder.mkdir(parents=True)
-        self._log = open_log(self.run, self.progress)
-
-    def batches(self) -> list[PackedBatch]:
-        """Those of the next step."""
-        return next_batches(self.run, self.progress)
+        self._log = stack.enter_context(open_log(self.run, self.progress))
+        self._feed = stack.enter_context(feed(self.run, self.progress))
 
     def step(self) -> float:
         """The loss."""
-        started = time.perf_counter()
-        batches = self.batches()
-        self.waited = time.perf_counter() - started
-        result = train_step(self.run.training, batches, cross_entropy)
+        started = time.monotonic()
+        given, self.waited = next(self._feed)
+        result = train_step(self.run.training, given.batches, self.run.loss)
+        line = figures(self.run, given, result, seconds=time.monotonic() - started, waited=self.waited)
         self.progress = advance(self.run, self.progress)
-        self._log.write(self.progress.step, figures(result, seconds=time.perf_counter() - started))
+        self._log.write(self.progress.step, line)
+        self.run.checkpoints.poll()
         return result.loss
 
     def save(self) -> None:
@@ -204,12 +211,13 @@ class Program:
 
 def bare_step(training: Training, ready: Sequence[Ready]) -> list[Sums]:
     """Nothing but Megatron-Core: forward, backward, update."""
-    training.wrapped.zero_grad_buffer()
+    (wrapped,) = training.wrapped
+    wrapped.zero_grad_buffer()
     training.optimizer.zero_grad()
     sums: list[Sums] = get_forward_backward_func()(
         forward_step_func=bare_forward,
         data_iterator=iter(ready),
-        model=[training.wrapped],
+        model=[wrapped],
         num_microbatches=len(ready),
         seq_length=int(ready[0][0].ids.numel()),
         micro_batch_size=1,
@@ -269,11 +277,11 @@ def by_turns[First, Second](
     return timed(first), timed(second)
 
 
-def against_bare(program: Program, bare: Training, rounds: int) -> Timings:
+def against_bare(program: Program, bare: Training, blend: Blend, rounds: int) -> Timings:
     """The same steps by both, and a checkpoint now and then."""
     times = Timings()
     for number in range(-WARM_UP, rounds):
-        ready = made_ready(program.batches(), bare.device)
+        ready = made_ready(next_rows(program, blend), bare.device)
         (own, loss), (theirs, sums) = by_turns(number, program.step, partial(bare_step, bare, ready))
         bare_loss = float(sum(part["loss"] for part in sums) / sum(part["tokens"] for part in sums))
         assert abs(loss - bare_loss) < 1e-3 * bare_loss, (loss, bare_loss)
@@ -287,15 +295,21 @@ def against_bare(program: Program, bare: Training, rounds: int) -> Timings:
     return times
 
 
-def against_padded(training: Training, shards: Shards, longest: int, micro_batches: int, rounds: int) -> Packing:
+def next_rows(program: Program, blend: Blend) -> list[PackedBatch]:
+    """The batches that the program's next step will be fed; blend: one of its own, the program's is its thread's."""
+    first, rows = program.progress.data_position, program.run.config.global_batch_rows
+    return blend.batches([blend.row_at(position) for position in range(first, first + rows)], part=0, parts=1)
+
+
+def against_padded(training: Training, blend: Blend, longest: int, micro_batches: int, rounds: int) -> Packing:
     """Steps of as many rows of one length, of packed rows and of rows of one window, drawn anew each round."""
-    packed_rows = pack_rows(shards.lengths_tokens, row_tokens=longest)
-    padded_rows = [(number,) for number in range(len(shards))]
+    packed_rows = blend.rows_of(0)
+    padded_rows = [(number,) for number in range(len(blend))]
     chosen = random.Random(3)
     speedup, predicted = [], []
     for number in range(-WARM_UP, rounds):
         sides = [
-            [pack(shards, row, row_tokens=longest) for row in chosen.sample(rows, micro_batches)]
+            [pack(blend, row, row_tokens=longest) for row in chosen.sample(rows, micro_batches)]
             for rows in (packed_rows, padded_rows)
         ]
         steps = [partial(train_step, training, side, cross_entropy) for side in sides]
@@ -303,7 +317,7 @@ def against_padded(training: Training, shards: Shards, longest: int, micro_batch
         if number >= 0:
             speedup.append(packed.tokens / own / (padded.tokens / theirs))
             predicted.append(packed.tokens / padded.tokens)
-    tokens = sum(shards.lengths_tokens)
+    tokens = int(blend.lengths_tokens.sum())
     return Packing(
         speedup=speedup,
         predicted=predicted,
@@ -336,7 +350,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     initialize(LayoutConfig(), seed=1)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         shard = Path(scratch) / "shard"
         write_shard(shard, mixed_lengths(options.tokens, 240), options.tokens)
         config = SftConfig(
@@ -348,11 +362,15 @@ def main() -> int:
             row_tokens=options.tokens,
         )
         model_config = shape(options.scale)
-        program, bare = Program(config, model_config), trainable(config, model_config)
+        data, again = (
+            open_mixture(config.all_sources, row_tokens=config.row_tokens, seed=config.seed) for _ in range(2)
+        )
+        blend = again.train
+        program, bare = Program(config, model_config, data, stack), trainable(config, model_config)
         load = os.getloadavg()[0]
-        times = against_bare(program, bare, options.rounds)
-        packing = against_padded(bare, program.run.rows.shards, options.tokens, options.rows, options.rounds)
-    parameters = sum(parameter.numel() for parameter in bare.model.parameters())
+        times = against_bare(program, bare, blend, options.rounds)
+        packing = against_padded(bare, blend, options.tokens, options.rows, options.rounds)
+    parameters = sum(parameter.numel() for parameter in bare.chunks[0].parameters())
     print(
         f"{parameters / 1e6:.1f}M parameters, {options.rows} rows of {options.tokens} tokens a step, {options.rounds} "
         f"rounds, {torch.get_num_threads()} threads, load {load:.1f} to {os.getloadavg()[0]:.1f}"

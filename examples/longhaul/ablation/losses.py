@@ -76,7 +76,7 @@ def score(weights: Path, shard: Shard, tokenizer: Tokenizer) -> dict[str, Score]
     """By place; `parallel.initialize` comes first. Raises AnswerError for an answer the window does not hold."""
     config = ModelConfig.from_hugging_face(weights)
     model = build_model(config, LayoutConfig())
-    load_hugging_face(model, config, weights)
+    load_hugging_face([model], config, weights)
     model.eval()
     values = value_ids(tokenizer)
     collected: dict[str, list[NDArray[np.float64]]] = {place: [] for place in PLACES}
