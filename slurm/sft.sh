@@ -4,12 +4,13 @@
 # Submit from the root of the repository. Size it with sbatch's own options; they win over the ones below:
 #   sbatch --nodes 8 --ntasks-per-node 8 --gpus-per-node 8 --time 24:00:00 slurm/sft.sh examples/glm45_air_106b/sft.toml
 #
-# --signal seconds before the time limit the run finishes its step, writes a checkpoint and the job queues again; give a
-# checkpoint, a step and the queue's half minute room in there. scancel ends it for good. Submitted again, on whatever
-# layout, a run goes on from its newest whole checkpoint.
+# The seconds of --signal before the time limit, the run finishes its step, writes a checkpoint, and the job goes back to
+# the queue. A step, a checkpoint and the half minute between two looks of Slurm must fit into them, and the time limit
+# must be well above them. scancel ends a job for good; submitted again, a run goes on from its newest whole checkpoint.
+# A second attempt may have other nodes, tasks and layout.* (with expert parallelism if, and only if, the first had it).
 #
 # JOBNAME-JOBID.txt has all attempts, with what rank 0 printed. JOBNAME-JOBID.attempt-N/ has rank-R.txt of every rank
-# and, if the attempt did not end well, first-end.txt: the rank that failed first, its exit status, which becomes that of
+# and, unless all ended with 0, first-end.txt: the rank that ended so first, its exit status, which becomes that of
 # the job, and its traceback. Exit status: 0 done, 1 an error, 2 configuration, 3 diverged, 4 stalled, 75 stopped on
 # request with a checkpoint written.
 #SBATCH --job-name=klong-sft
@@ -114,10 +115,11 @@ elif [[ -s $first ]]; then
     if (($(wc -l <"$first") == 1)); then
         rank=$(sed -n '1s/^rank \([0-9]*\) .*/\1/p' "$first")
         echo "the last lines of $attempt/rank-$rank.txt:"
-        tail -n 30 "$attempt/rank-$rank.txt"
+        tail -n 80 "$attempt/rank-$rank.txt"
     fi
-    if ((status == 4)); then
-        echo "ranks that did not say where they are: $(grep -L " stalled: " "$attempt"/rank-*.txt | xargs -r -n 1 basename)"
+    silent=$(grep -L " stalled: " "$attempt"/rank-*.txt || true) # its status differs between versions
+    if ((status == 4)) && [[ -n $silent ]]; then
+        printf "ranks that did not say where they are:\n%s\n" "$silent"
     fi
 fi
 say "exit status $status after $SECONDS s"

@@ -11,11 +11,10 @@ import pytest
 from megatron_klong.train.failure import FIRST_END
 from megatron_klong.train.stall import STALLED
 from tests.conftest import REPOSITORY
-from tests.integration.train.launcher import finish, kill, start_each
-from tests.integration.train.test_stopping import wait_for_steps
+from tests.integration.train.launcher import finish, start_each
 from tests.unit.train.builders import small_shard
 
-FLAGS = ("--steps", "100000", "--stall_timeout", "30s")
+FLAGS = ("--steps", "100", "--stall_timeout", "60s")  # the start of a process on a busy machine must fit in
 
 WATCHED = """
 import sys, time
@@ -67,23 +66,11 @@ def test_time_in_which_the_process_is_suspended_does_not_count() -> None:
     assert finish(process, timeout_seconds=60) == ""
 
 
-def test_of_a_stopped_process_the_others_tell(shard: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    first_end = tmp_path / "first-end.txt"
-    waiting, stopped = start_each(shard, folder, *FLAGS, environment={FIRST_END: str(first_end)})
-    wait_for_steps(folder, 1)
-    stopped.send_signal(signal.SIGSTOP)
-    output = finish(waiting, timeout_seconds=300, status=STALLED)
-    kill(stopped)
-    assert "rank 0 on" in output
-    assert "stalled: nothing finished for 30s after step" in output
-    assert "in train_step" in output
-    assert first_end.read_text().splitlines()[0].endswith(f"exit status {STALLED}")
-    assert "in train_step" in first_end.read_text()
-
-
 def test_a_process_that_sleeps_is_the_one_whose_stack_differs(shard: Path, tmp_path: Path) -> None:
-    processes = start_each(shard, tmp_path / "run", *FLAGS, fault=("1", "3", "hang"))
+    first_end = tmp_path / "first-end.txt"
+    environment = {FIRST_END: str(first_end)}
+    processes = start_each(shard, tmp_path / "run", *FLAGS, fault=("1", "3", "hang"), environment=environment)
     outputs = [finish(process, timeout_seconds=300, status=STALLED) for process in processes]
     assert ["in go_wrong" in output for output in outputs] == [False, True]
-    assert all("stalled: nothing finished for 30s after step 2" in output for output in outputs)
+    assert all("stalled: nothing finished for 60s after step 2" in output for output in outputs)
+    assert first_end.read_text().splitlines()[0].endswith(f": exit status {STALLED}")

@@ -24,7 +24,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(shard, folder, *FLAGS))
+    finish(start(shard, folder, *FLAGS), 300)
     return losses(folder)
 
 
@@ -54,13 +54,13 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(
     wait_for_steps(folder, 2)
     processes[1].send_signal(signal.SIGUSR1)
     processes[1].send_signal(signal.SIGTERM)  # again, and differently: nothing changes
-    outputs = [finish(process, status=STOPPED) for process in processes]
+    outputs = [finish(process, 300, status=STOPPED) for process in processes]
     done = len(losses(folder))
     assert 2 <= done < STEPS
     assert checkpoints(folder) == [f"step_{done:08d}"]
     assert f"sft: stopped on request behind step {done}" in outputs[0]
     assert not any("Traceback" in output for output in outputs)
-    finish(start(shard, folder, *FLAGS))
+    finish(start(shard, folder, *FLAGS), 300)
     assert losses(folder) == undisturbed
 
 
@@ -69,10 +69,10 @@ def test_torchrun_passes_a_stop_on(shard: Path, undisturbed: list[float], tmp_pa
     process = start(shard, folder, *FLAGS, fault=SLOW)
     wait_for_steps(folder, 2)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     done = len(losses(folder))
     assert checkpoints(folder) == [f"step_{done:08d}"], output
-    finish(start(shard, folder, *FLAGS))
+    finish(start(shard, folder, *FLAGS), 300)
     assert losses(folder) == undisturbed
 
 
@@ -86,7 +86,7 @@ def test_a_request_during_the_start_stops_behind_the_first_step_and_one_in_the_l
     environment = {STOP_FILE: str(stop_file)}
     for step in (1, 2):
         (process,) = start_each(shard, folder, *flags, processes=1, environment=environment)
-        finish(process, status=STOPPED)
+        finish(process, 300, status=STOPPED)
         assert checkpoints(folder)[-1] == f"step_{step:08d}"
         assert len(losses(folder)) == step
     assert not (folder / "hugging_face").exists()
