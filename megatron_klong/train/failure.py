@@ -14,12 +14,14 @@ import faulthandler
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from types import TracebackType
 
 FIRST_END = "KLONG_FIRST_END"  # the path; "rank 3 on n2: exit status 1", and why
+ENDING = threading.Lock()  # taken for good by the thread that ends this process: its exit status counts
 _FAILED = 1  # exit status, as Python's own
 _CAUSE_SECONDS = 5.0
 
@@ -53,6 +55,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
     if not isinstance(error, Exception):  # Ctrl-C
         sys.__excepthook__(kind, error, trace)
         return
+    ENDING.acquire()
     cause = _wait_for_cause() if _is_lost_connection(error) else None
     reason = "".join(traceback.format_exception(kind, error, trace))
     said = f"lost its connections, after this: {cause}\n" if cause else f"failed:\n{reason}"

@@ -16,7 +16,7 @@ import time
 from types import TracebackType
 
 from megatron_klong.duration import Duration
-from megatron_klong.train.failure import record_end, this_process
+from megatron_klong.train.failure import ENDING, record_end, this_process
 
 STALLED = 4  # exit status
 _TICK_SECONDS = 1.0
@@ -52,6 +52,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        ENDING.acquire()  # the main thread may yet fail, when another process is gone
         reason = (
             f"nothing finished for {self._timeout} after {self._last}; if that is no hang, raise stall_timeout. "
             f"Its threads:\n{_stacks()}"

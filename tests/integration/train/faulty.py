@@ -6,6 +6,7 @@ RANK may be "every".
 """
 
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -25,6 +26,7 @@ def go_wrong(kind: str) -> None:
         case "hang":
             time.sleep(3600)
         case "crash":
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.kill(os.getpid(), signal.SIGSEGV)
         case "slow":
             time.sleep(0.3)
