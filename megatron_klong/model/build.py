@@ -18,8 +18,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
+from megatron_klong.config import ConfigError
 from megatron_klong.model.attention import CausalAttention
-from megatron_klong.model.config import LayoutConfig, ModelConfig, Precision, Recompute
+from megatron_klong.model.config import Fp8, LayoutConfig, ModelConfig, Precision, Recompute
 from megatron_klong.model.experts import grouped_experts
 from megatron_klong.model.norm import RMSNorm
 from megatron_klong.model.parallel import check_initialized
@@ -36,14 +37,18 @@ logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEP
 
 
 def build_chunks(
-    config: ModelConfig, layout: LayoutConfig, *, precision: Precision = "fp32", recompute: Recompute = "none"
+    config: ModelConfig,
+    layout: LayoutConfig,
+    *,
+    precision: Precision = "fp32",
+    fp8: Fp8 | None = None,
+    recompute: Recompute = "none",
 ) -> list[GPTModel]:
     """All that this process holds of the model, as `build_model` builds it: a chunk for each of its virtual stages."""
     virtual = layout.virtual_pipeline_parallel
-    return [
-        build_model(config, layout, precision=precision, recompute=recompute, vp_stage=stage if virtual > 1 else None)
-        for stage in range(virtual)
-    ]
+    stages: list[int | None] = [None] if virtual == 1 else list(range(virtual))
+    how: dict[str, Any] = {"precision": precision, "fp8": fp8, "recompute": recompute}
+    return [build_model(config, layout, **how, vp_stage=stage) for stage in stages]
 
 
 def build_model(
@@ -51,6 +56,7 @@ def build_model(
     layout: LayoutConfig,
     *,
     precision: Precision = "fp32",
+    fp8: Fp8 | None = None,
     recompute: Recompute = "none",
     initialize_weights: bool = True,
     vp_stage: int | None = None,
@@ -70,10 +76,13 @@ def build_model(
     layout.check_model(config)
     check_initialized(layout)
     transformer_engine = torch.cuda.is_available() and _has_transformer_engine()
+    if fp8 and not transformer_engine:
+        raise ConfigError(f"fp8 = {fp8!r}: needs a GPU and Transformer Engine; leave it out")
     transformer_config = TransformerConfig(
         **_architecture(config),
         **_division(config, layout),
         **_computation(precision, recompute, transformer_engine=transformer_engine),
+        **_in_8_bits(fp8),
         perform_initialization=initialize_weights,
     )
     layers = get_gpt_decoder_block_spec(
@@ -131,6 +140,14 @@ def _computation(precision: Precision, recompute: Recompute, *, transformer_engi
         "calculate_per_token_loss": True,
         **_RECOMPUTED[recompute],
     }
+
+
+def _in_8_bits(fp8: Fp8 | None) -> dict[str, Any]:
+    if fp8 is None:
+        return {}
+    # scaled block by block, gradients too keep enough range in the format with more precision
+    kind = "e4m3" if fp8 in ("blockwise", "mxfp8") else "hybrid"
+    return {"fp8": kind, "fp8_recipe": fp8, "moe_router_padding_for_fp8": True}
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

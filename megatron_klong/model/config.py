@@ -15,6 +15,8 @@ from megatron_klong.config import Config, ConfigError
 
 type Precision = Literal["fp32", "bf16"]
 """Of weights and activations."""
+type Fp8 = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+"""How Transformer Engine scales the matrix products that it computes in 8 bits."""
 type Recompute = Literal["none", "mlp", "full"]
 """What the backward pass computes again, and so is not kept: nothing, the layers' MLPs and experts, or all of them."""
 

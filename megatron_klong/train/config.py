@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from megatron_klong.config import Config, ConfigError, Duration
 from megatron_klong.data.blend import Blend
 from megatron_klong.data.sources import SourceConfig
-from megatron_klong.model.config import LayoutConfig, Precision, Recompute
+from megatron_klong.model.config import Fp8, LayoutConfig, Precision, Recompute
 from megatron_klong.model.presets import PresetName
 
 
@@ -84,6 +84,8 @@ class SftConfig(Config):
     """How the model is divided among processes; what is left over is data parallel."""
     precision: Precision = "fp32"
     """Of weights and activations; gradients and Adam's state are fp32."""
+    fp8: Fp8 | None = None
+    """Matrix products of bf16 weights in 8 bits, scaled by this recipe of Transformer Engine's; needs a GPU."""
     recompute: Recompute = "none"
     """What the backward pass computes again, to save memory: "mlp" (the MLPs and experts) or "full" (all layers)."""
     mtp_loss_weight: float = Field(default=0.1, ge=0)
@@ -160,6 +162,8 @@ class SftConfig(Config):
             raise ValueError("sources.*.weight: give one to every source that is trained, or to none")
         if self.hugging_face_init and self.megatron_init:
             raise ValueError("hugging_face_init and megatron_init are both given; drop the one that is not to be used")
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError(f"fp8 = {self.fp8!r} computes with bf16 weights; set precision to bf16, or leave fp8 out")
         self.layout.check_row(self.row_tokens)
         if self.row_tokens % self.padded_to:
             raise ValueError(f"row_tokens {self.row_tokens} is no multiple of window_multiple {self.window_multiple}")

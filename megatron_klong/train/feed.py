@@ -16,12 +16,11 @@ _AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepData:
-    """batches: this process's; everything else: of the global batch. wait_seconds: until it was ready."""
+    """batches: this process's; everything else: of the global batch."""
 
     batches: list[PackedBatch]
     window_tokens: list[int]
     prefix_tokens: int
-    wait_seconds: float = 0.0
 
 
 def step_data(blend: Blend, rows: Sequence[Row], *, part: int, parts: int) -> StepData:

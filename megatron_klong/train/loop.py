@@ -108,9 +108,11 @@ def run_sft(
 
 def start(config: SftConfig, model_config: ModelConfig, data: Mixture) -> Run:
     """Build the model, fill it, make it trainable."""
+    chunks = build_chunks(
+        model_config, config.layout, precision=config.precision, fp8=config.fp8, recompute=config.recompute
+    )
     if distributed.get_rank() == 0:
         write_resolved(config, Path(config.run_folder) / "config.toml")
-    chunks = build_chunks(model_config, config.layout, precision=config.precision, recompute=config.recompute)
     if config.hugging_face_init:
         load_hugging_face(chunks, model_config, Path(config.hugging_face_init))
     if config.megatron_init:

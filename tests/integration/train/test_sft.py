@@ -297,6 +297,12 @@ def test_a_dry_run_prints_the_plan_imports_no_torch_and_writes_nothing(shard: Pa
         (["--layout.context_parallel", "2", "--row_tokens", "250"], "row_tokens 250 is no multiple of"),
         (["--shards", '["nowhere/sft"]'], "there is no finished shard at this prefix"),
         (["--hugging_face_init", "nowhere"], "nowhere: not readable"),
+        (["--fp8", "delayed"], "fp8 = 'delayed' computes with bf16 weights; set precision to bf16"),
+        (["--fp8", "mxfp8", "--precision", "bf16"], "fp8 = 'mxfp8': needs a GPU and Transformer Engine"),
+        (["--optimizer.decay_steps", "3"], 'decay_steps: to be given with schedule = "wsd"'),
+        (["--epochs", "2"], "steps and epochs: give one of them"),
+        (["--sources.a.shards", '["x"]'], "shards and sources: give one of them"),
+        (["--layout.virtual_pipeline_parallel", "2"], "virtual_pipeline_parallel 2 needs a pipeline"),
         (["--shards", "[]"], "shards and sources: give one of them"),
     ],
 )
