@@ -10,10 +10,8 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 from tests.ports import free_port
 
-_SECONDS = 240
 
-
-def launch(script: Path, *arguments: str, processes: int) -> None:
+def launch(script: Path, *arguments: str, processes: int, seconds: float = 240) -> None:
     """Run to the end; a failure or a hang raises with the end of what was printed."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
@@ -32,7 +30,7 @@ def launch(script: Path, *arguments: str, processes: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=_SECONDS,
+        timeout=seconds,
         check=False,
     )
     assert made.returncode == 0, made.stdout[-6000:]

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from tests.unit.train.builders import small_shard
 
 WORKER = Path(__file__).with_name("reshard_worker.py")
 # layout, and whose checkpoints it goes on from
-ALONE = {"alone": ({}, ["expert", "both_tensor"])}
-TWO = {
+ALONE: dict[str, tuple[dict[str, int], list[str]]] = {"alone": ({}, ["expert", "both_tensor"])}
+TWO: dict[str, tuple[dict[str, int], list[str]]] = {
     "data": ({}, ["data", "expert"]),
     "tensor": ({"tensor_parallel": 2}, ["tensor", "expert", "pipeline"]),
     "pipeline": ({"pipeline_parallel": 2}, ["pipeline", "tensor"]),
@@ -41,18 +42,31 @@ def tensors(run: Path, scratch: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in held.items() if isinstance(tensor, torch.Tensor)}
 
 
+@pytest.mark.slow
 def test_any_layout_goes_on_from_any_other(shard: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     launch(WORKER, str(runs), str(shard), "write", json.dumps(ALONE), processes=1)
-    launch(WORKER, str(runs), str(shard), "write,read", json.dumps(TWO), processes=2)
+    launch(WORKER, str(runs), str(shard), "write,read", json.dumps(TWO), processes=2, seconds=600)
     launch(WORKER, str(runs), str(shard), "read", json.dumps(ALONE), processes=1)
+    check_readers({**ALONE, **TWO}, runs, tmp_path)
+
+
+def test_tensor_parallel_goes_on_from_expert_parallel_and_back(shard: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    few = {name: (TWO[name][0], ["tensor", "expert"]) for name in ("tensor", "expert")}
+    launch(WORKER, str(runs), str(shard), "write,read", json.dumps(few), processes=2)
+    check_readers(few, runs, tmp_path)
+
+
+def check_readers(layouts: Mapping[str, tuple[dict[str, int], list[str]]], runs: Path, scratch: Path) -> None:
     losses = json.loads((runs / "losses.json").read_text())
-    written = {writer: tensors(runs / writer, tmp_path) for writer in (*ALONE, *TWO)}
-    for reader, (_, writers) in {**ALONE, **TWO}.items():
+    written = {writer: tensors(runs / writer, scratch) for writer in layouts}
+    for reader, (_, writers) in layouts.items():
         for writer in writers:
             check_same_course(losses[f"{writer} {reader}"], losses[f"{writer} undisturbed"], exact=reader == writer)
-            check_same_state(written[writer], tensors(runs / "again" / f"{writer} {reader}", tmp_path))
+            check_same_state(written[writer], tensors(runs / "again" / f"{writer} {reader}", scratch))
 
 
 def check_same_course(losses: list[float], undisturbed: list[float], *, exact: bool) -> None:
