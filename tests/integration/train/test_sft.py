@@ -168,7 +168,13 @@ def test_a_partial_checkpoint_is_passed_over(shard: Path, undisturbed: Path, tmp
     assert losses(folder) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor", "pipeline", "interleaved", "expert", "context"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("data", "interleaved", "expert", "context"),
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("tensor", "pipeline")),
+    ],
+)
 def test_loss_and_gradient_of_a_global_batch_are_the_handwritten_ones(
     layout: str, shard: Path, reference: "tuple[Path, Glm4MoeForCausalLM]", tmp_path: Path
 ) -> None:
