@@ -48,7 +48,7 @@ import megatron_klong.model.megatron_ready  # noqa: E402, F401
 
 # isort: split
 from examples.longhaul.ablation.experiment import Plan, compare  # noqa: E402
-from examples.longhaul.ablation.runs import DEMONSTRATION_STEPS, STEPS  # noqa: E402
+from examples.longhaul.ablation.runs import STEPS  # noqa: E402
 from examples.longhaul.ablation.table import Mean, Outcome, above_split, lines, losses, variants_of  # noqa: E402
 from examples.longhaul.ablation.variants import Variant  # noqa: E402
 from megatron_klong.files import write_atomically  # noqa: E402
@@ -72,8 +72,6 @@ def main() -> int:
             variants=options.variants,
             seeds=range(1, options.seeds + 1),
             steps=options.steps,
-            demonstration_steps=options.demonstration_steps,
-            demonstrations=options.demonstrations,
             train=options.train,
             heldout=options.heldout,
             at_once=options.at_once,
@@ -91,8 +89,6 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--steps", type=int, default=STEPS)
-    made.add_argument("--demonstration-steps", type=int, default=DEMONSTRATION_STEPS)
-    made.add_argument("--demonstrations", type=int, default=3000, help="a seed")
     made.add_argument("--train", type=int, default=600, help="transcripts a seed")
     made.add_argument("--heldout", type=int, default=40, help="transcripts, the same for all")
     made.add_argument("--variants", type=Variant, nargs="+", default=list(Variant), help="split is always needed")

@@ -23,7 +23,7 @@ from megatron.core.models.gpt import GPTModel
 from numpy.typing import NDArray
 
 from examples.longhaul.ablation.table import PLACES, Score
-from examples.longhaul.ablation.transcripts import VALUES
+from examples.longhaul.ablation.transcripts import all_facts
 from megatron_klong.data.shard import Shard
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
@@ -32,44 +32,42 @@ from megatron_klong.trajectory.tokenizer import Tokenizer
 
 
 class AnswerError(ValueError):
-    """A vocabulary in which answers cannot be told from other tokens, or an answer that stands nowhere."""
+    """A vocabulary in which answers cannot be told from other tokens, or an answer that was told nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """position: of the value that is said.  place: where its fact stands: prefix, overlap, new, or absent."""
+    """position: of the fact that is said.  place: where it was told: prefix, overlap, new, or absent."""
 
     position: int
     place: str
 
 
-def value_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The id of each value. Raises AnswerError if one is no single token."""
-    encoded = [tokenizer.encode(f" {value}") for value in VALUES]
+def fact_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The id of each fact. Raises AnswerError if one is no single token."""
+    encoded = [tokenizer.encode(f" {word}{kind}") for word, kind in all_facts()]
     if any(len(ids) != 1 for ids in encoded):
-        raise AnswerError("a value is more than one token; train the tokenizer with a larger vocabulary")
+        raise AnswerError("a fact is more than one token; train the tokenizer with a larger vocabulary")
     return frozenset(ids[0] for ids in encoded)
 
 
-def answers(shard: Shard, window: int, values: frozenset[int]) -> Iterator[Answer]:
-    """The answers that a window trains. A fact is a word and the value behind it, said by no answer before."""
+def answers(shard: Shard, window: int, facts: frozenset[int]) -> Iterator[Answer]:
+    """The answers that a window trains: facts that the assistant says."""
     found = shard.window(window)
     ids = found.ids.tolist()
     prefix = int(shard.column("prefix_tokens")[window])
     for position in np.flatnonzero(found.loss_mask).tolist():
-        if ids[position] not in values:
-            continue
-        fact = ids[position - 1 : position + 1]
-        starts = [start for start in range(position - 1) if ids[start : start + 2] == fact]
-        yield Answer(position=position, place=_place(starts, prefix, found.new_start))
+        if ids[position] in facts:
+            told = [place for place in range(position) if ids[place] == ids[position]]
+            yield Answer(position=position, place=_place(told, prefix, found.new_start))
 
 
-def _place(starts: list[int], prefix: int, new_start: int) -> str:
-    if not starts:
+def _place(told: list[int], prefix: int, new_start: int) -> str:
+    if not told:
         return "absent"
-    if starts[-1] < prefix:
+    if told[-1] < prefix:
         return "prefix"
-    return "overlap" if starts[-1] < new_start else "new"
+    return "overlap" if told[-1] < new_start else "new"
 
 
 def score(weights: Path, shard: Shard, tokenizer: Tokenizer) -> dict[str, Score]:
@@ -78,13 +76,13 @@ def score(weights: Path, shard: Shard, tokenizer: Tokenizer) -> dict[str, Score]
     model = build_model(config, LayoutConfig())
     load_hugging_face([model], config, weights)
     model.eval()
-    values = value_ids(tokenizer)
+    facts = fact_ids(tokenizer)
     collected: dict[str, list[NDArray[np.float64]]] = {place: [] for place in PLACES}
     for window in late_windows(shard):
         figures = _token_figures(model, shard.window(window).ids)
-        said = list(answers(shard, window, values))
+        said = list(answers(shard, window, facts))
         if any(answer.place == "absent" for answer in said):
-            raise AnswerError(f"window {window} of {shard.prefix}: an answer stands nowhere in its context")
+            raise AnswerError(f"window {window} of {shard.prefix}: an answer was told nowhere in its context")
         for answer in said:
             collected[answer.place].append(figures[answer.position][None])
             if is_last(shard, window):

@@ -1,9 +1,8 @@
 """Training runs of the comparison: the SFT program as a user starts it, a process a run, some of them at once.
 
-First a model learns from short demonstrations, from random weights, to look facts up in its context; as in the recipe,
-splitting comes after. Then every variant goes on from these same weights with the same budget: as many steps, rows a
-step and tokens a row, context included, at the same learning rates. Only the windows in the rows differ. What came of
-the budget is read from the runs' own curves.
+Every run starts from random weights and has the same budget: as many steps, rows a step and tokens a row, context
+included, at the same learning rates. Only the windows in the rows differ. What came of the budget is read from the
+runs' own curves.
 """
 
 import os
@@ -20,10 +19,10 @@ from megatron_klong.train.config import OptimizerConfig, SftConfig
 from megatron_klong.train.metrics import read_metrics
 
 SHAPE = Path(__file__).parent / "model.json"
-ROW_TOKENS = 1440  # four windows of the longest, and more
+ROW_TOKENS = 1280  # four windows of the longest
 ROWS_A_STEP = 1
 LEARNING_RATE = 5e-3
-DEMONSTRATION_STEPS, STEPS = 800, 300
+STEPS = 600
 _STOP_SECONDS = 10.0
 
 
@@ -40,14 +39,11 @@ class Budget:
     trained_tokens: int
 
 
-def sft_config(
-    shard: Path, run_folder: Path, *, steps: int, seed: int, learning_rate: float, init: Path | None = None
-) -> SftConfig:
-    """The settings of one run. init: weights to start from; without them random ones."""
+def sft_config(shard: Path, run_folder: Path, *, steps: int, seed: int, learning_rate: float) -> SftConfig:
+    """The settings of one run."""
     return SftConfig(
         shards=(str(shard),),
         run_folder=str(run_folder),
-        hugging_face_init=str(init) if init else None,
         shape=str(SHAPE),
         steps=steps,
         global_batch_rows=ROWS_A_STEP,

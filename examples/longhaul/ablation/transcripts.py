@@ -2,45 +2,41 @@
 
     user       read the paper, then answer
     assistant  read                                     (two pages: the reading that a prefix pins)
-    tool       set lamp 12 / set kite 33 / ...
+    tool       set lamp3 / set kite1 / ...
     assistant  read
-    tool       set drum 25 / ...
+    tool       set drum2 / ...
     assistant  next
-    tool       log oak 17                               a fact that is needed a few turns later
+    tool       log oak4                                 a fact that is needed a few turns later
     assistant  next
-    tool       log elm 30 / ask kite oak                a setting of the paper, and something logged before
-    assistant  say kite 33 oak 17, next
+    tool       log elm1 / ask kite oak                  a setting of the paper, and something logged before
+    assistant  say kite kite1 oak oak4, next
     ...
 
+A fact is one token: a word and which of four it is. Without the fact one knows the word and guesses among the four.
 The work goes through phases, as a long task does: what is asked in a phase belongs to that phase alone, in the paper
-and in the logs, so the words of a late phase are met in late turns only. Demonstrations are short, and have words of
-their own: a paper, and all of it asked for twice.
+and in the logs, so the words of a late phase are asked for in late turns only.
 
 Always (tests/unit/examples/test_ablation_transcripts.py): a setting of the paper is asked for exactly once, a logged
 fact at most once, one to three results after the one that logged it; the same seed gives the same transcripts.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from examples.longhaul.experiment import LOWEST_NUMBER
 from examples.longhaul.names import DATASETS, METHODS
 from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall, Transcript
 
-PHASES = range(1, 5)  # of a long transcript
-DEMONSTRATED = 0  # whose words demonstrations use
-WORDS_PER_PHASE = 10
+PHASES = 4
+WORDS_PER_PHASE = 8
 SETTINGS_PER_PHASE = (6, 8)  # of the words of a phase, those that the paper of a task has; each is asked for in a turn
-FACTS_DEMONSTRATED = (4, 8)
+KINDS = ("1", "2", "3", "4")  # what a fact may say of its word
 PAGES = 2
 FIRST_LOGS = 2  # results that log and do not ask, so that there is something to ask for
-NUM_VALUES = 32  # many more than a demonstration holds: to say any value it holds is then a first step
-VALUES = tuple(str(number) for number in range(LOWEST_NUMBER, LOWEST_NUMBER + NUM_VALUES))
-
 TASK = "read the paper, then answer"
+ISOLATED = " [a-z]+[0-9]*(?![a-z0-9])"  # each word and each fact becomes one token
 
-type Fact = tuple[str, str]  # a word and its value
+type Fact = tuple[str, str]  # ("kite", "1"), written kite1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,77 +44,56 @@ class Step:
     """One turn's reply and the result that follows it: a fact that is logged, and those that are asked for next."""
 
     said: Sequence[Fact]
-    logged: Fact | None
+    logged: Fact
     asked: Sequence[Fact]
 
 
 def settings_of(phase: int) -> tuple[str, ...]:
-    """The words whose values only the paper tells."""
+    """The words of which only the paper tells."""
     return METHODS[phase * WORDS_PER_PHASE : (phase + 1) * WORDS_PER_PHASE]
 
 
 def logs_of(phase: int) -> tuple[str, ...]:
-    """The words whose values only a log tells."""
-    return DATASETS[phase * WORDS_PER_PHASE : (phase + 1) * WORDS_PER_PHASE]
+    """The words of which only a log tells: those of the first phase are a few more, for its first logs."""
+    start = phase * WORDS_PER_PHASE + (FIRST_LOGS if phase else 0)
+    return DATASETS[start : (phase + 1) * WORDS_PER_PHASE + FIRST_LOGS]
+
+
+def all_facts() -> list[Fact]:
+    """Every fact that may be told."""
+    words = [word for phase in range(PHASES) for word in (*settings_of(phase), *logs_of(phase))]
+    return [(word, kind) for word in words for kind in KINDS]
 
 
 def transcripts(count: int, *, seed: str) -> Iterator[Transcript]:
-    """Long ones that no other seed gives."""
+    """Transcripts that no other seed gives."""
     for number in range(count):
         yield transcript(f"{seed}/{number}")
 
 
-def demonstrations(count: int, *, seed: str) -> Iterator[Transcript]:
-    """Short ones that no other seed gives; each fits into a window."""
-    for number in range(count):
-        yield demonstration(f"{seed}/{number}")
-
-
 def transcript(seed: str) -> Transcript:
-    """One long task, answered without a fault."""
+    """One task, answered without a fault."""
     chosen = random.Random(seed)
-    paper = {phase: _facts(chosen, settings_of(phase), chosen.randint(*SETTINGS_PER_PHASE)) for phase in PHASES}
-    messages = [
-        Message(role=Role.USER, content=TASK),
-        *_reading(chosen, [fact for part in paper.values() for fact in part]),
-    ]
+    paper = [_facts(chosen, settings_of(phase), chosen.randint(*SETTINGS_PER_PHASE)) for phase in range(PHASES)]
+    messages = [Message(role=Role.USER, content=TASK), *_reading(chosen, [fact for part in paper for fact in part])]
     steps = list(_steps(chosen, paper))
     for step in steps:
         messages += _turn(step)
     messages.append(Message(role=Role.ASSISTANT, content=_saying(steps[-1].asked)))
-    return _made(seed, messages)
-
-
-def demonstration(seed: str) -> Transcript:
-    """A short paper, all of which is asked for, twice and each time in another order."""
-    chosen = random.Random(seed)
-    facts = _facts(chosen, settings_of(DEMONSTRATED) + logs_of(DEMONSTRATED), chosen.randint(*FACTS_DEMONSTRATED))
-    messages = [Message(role=Role.USER, content=TASK), *_reading(chosen, facts)]
-    said: list[Fact] = []
-    for _ in range(2):
-        asked = chosen.sample(facts, len(facts))
-        messages += _turn(Step(said=said, logged=None, asked=asked))
-        said = asked
-    messages.append(Message(role=Role.ASSISTANT, content=_saying(said)))
-    return _made(seed, messages)
-
-
-def _made(seed: str, messages: list[Message]) -> Transcript:
     return Transcript(id=seed, task=seed, source="examples.longhaul.ablation", tools=(), messages=tuple(messages))
 
 
 def texts(count: int, *, seed: str) -> Iterator[str]:
-    """What a tokenizer is trained on, as it stands between control tokens; the words occur behind a space."""
-    everything = [word for phase in (DEMONSTRATED, *PHASES) for word in (*settings_of(phase), *logs_of(phase))]
+    """What a tokenizer is trained on, as it stands between control tokens."""
     for made in transcripts(count, seed=seed):
         for message in made.messages:
             yield f"\n{message.content}\n"
             yield from (f"{call.name}\n" for call in message.tool_calls)
-        yield "".join(f" {word}" for word in (*everything, *VALUES))
+        yield "".join(f" {word} {word}{kind}" for word, kind in all_facts())
 
 
 def _facts(chosen: random.Random, words: Sequence[str], count: int) -> list[Fact]:
-    return [(word, chosen.choice(VALUES)) for word in chosen.sample(words, count)]
+    return [(word, chosen.choice(KINDS)) for word in chosen.sample(words, count)]
 
 
 def _reading(chosen: random.Random, facts: list[Fact]) -> Iterator[Message]:
@@ -129,15 +104,16 @@ def _reading(chosen: random.Random, facts: list[Fact]) -> Iterator[Message]:
     for number, page in enumerate(pages, 1):
         yield Message(role=Role.ASSISTANT, tool_calls=(ToolCall(name="read", arguments={}),))
         reading = Reading.COMPLETE if number == len(pages) else Reading.PART
-        yield Message(role=Role.TOOL, content="\n".join(f"set {_spelled([fact])}" for fact in page), reading=reading)
+        shown = "\n".join(f"set {word}{kind}" for word, kind in page)
+        yield Message(role=Role.TOOL, content=shown, reading=reading)
 
 
-def _steps(chosen: random.Random, paper: Mapping[int, list[Fact]]) -> Iterator[Step]:
+def _steps(chosen: random.Random, paper: Sequence[list[Fact]]) -> Iterator[Step]:
     """Two steps that only log, then one for each setting of the paper."""
     logged: list[Fact] = []
-    for phase, settings in paper.items():
-        logged += _facts(chosen, logs_of(phase), len(settings) + (0 if logged else FIRST_LOGS))
-    settings = [fact for part in paper.values() for fact in part]
+    for phase, settings in enumerate(paper):
+        logged += _facts(chosen, logs_of(phase), len(settings) + (0 if phase else FIRST_LOGS))
+    settings = [fact for part in paper for fact in part]
     noted = _neighbours_swapped(chosen, logged[: len(settings)])
     asked = [*([()] * FIRST_LOGS), *zip(settings, noted, strict=True)]
     for said, fact, next_asked in zip([(), *asked], logged, asked, strict=False):
@@ -155,14 +131,9 @@ def _neighbours_swapped(chosen: random.Random, facts: list[Fact]) -> list[Fact]:
 
 def _turn(step: Step) -> Iterator[Message]:
     yield Message(role=Role.ASSISTANT, content=_saying(step.said), tool_calls=(ToolCall(name="next", arguments={}),))
-    lines = [f"log {_spelled([step.logged])}"] if step.logged else []
-    lines += [f"ask {' '.join(word for word, _ in step.asked)}"] if step.asked else []
-    yield Message(role=Role.TOOL, content="\n".join(lines))
+    asked = f"\nask {' '.join(word for word, _ in step.asked)}" if step.asked else ""
+    yield Message(role=Role.TOOL, content=f"log {''.join(step.logged)}{asked}")
 
 
 def _saying(facts: Sequence[Fact]) -> str:
-    return f"say {_spelled(facts)}" if facts else ""
-
-
-def _spelled(facts: Sequence[Fact]) -> str:
-    return " ".join(f"{word} {value}" for word, value in facts)
+    return "".join(["say", *(f" {word} {word}{kind}" for word, kind in facts)]) if facts else ""
