@@ -19,8 +19,8 @@ setup: ## make the virtual environment (the other targets do so by themselves)
 quickstart: setup ## run the whole pipeline with a tiny model on this CPU
 	@exec $(VENV)/bin/python -m examples.quickstart $(ARGS)
 
-evidence: setup ## train the tiny model on five ways to cut long transcripts and compare them, into benchmarks/results/
-	@exec $(VENV)/bin/python benchmarks/split_ablation.py --results benchmarks/results $(ARGS)
+evidence: setup ## slow tests, benchmarks and the ablation, hours; into benchmarks/results/
+	@exec $(VENV)/bin/python benchmarks/evidence.py $(ARGS)
 
 test: lint typecheck ## lint, type check, then all tests that need neither a GPU nor hours
 	@exec $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
