@@ -2,17 +2,16 @@
 
     user       read the paper, then answer
     assistant  read                                     (two pages: the reading that a prefix pins)
-    tool       set lamp3 / set kite1 / ...
+    tool       set 12 lamp / set 33 kite / ...
     assistant  read
-    tool       set drum2 / ...
+    tool       set 25 drum / ...
     assistant  next
-    tool       log oak4                                 a fact that is needed a few turns later
+    tool       log 17 oak                               a fact that is needed a few turns later
     assistant  next
-    tool       log elm1 / ask kite oak                  a setting of the paper, and something logged before
-    assistant  say kite kite1 oak oak4, next
+    tool       log 30 elm / ask kite oak                a setting of the paper, and something logged before
+    assistant  say kite 33 oak 17, next
     ...
 
-A fact is one token: a word and which of four it is. Without the fact one knows the word and guesses among the four.
 The work goes through phases, as a long task does: what is asked in a phase belongs to that phase alone, in the paper
 and in the logs, so the words of a late phase are asked for in late turns only.
 
@@ -24,19 +23,20 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from examples.longhaul.experiment import LOWEST_NUMBER
 from examples.longhaul.names import DATASETS, METHODS
 from megatron_klong.trajectory.schema import Message, Reading, Role, ToolCall, Transcript
 
 PHASES = 4
 WORDS_PER_PHASE = 8
 SETTINGS_PER_PHASE = (6, 8)  # of the words of a phase, those that the paper of a task has; each is asked for in a turn
-KINDS = ("1", "2", "3", "4")  # what a fact may say of its word
+NUM_VALUES = 32  # many more than a window holds facts of a phase, so that saying one of those is a first step
+VALUES = tuple(str(number) for number in range(LOWEST_NUMBER, LOWEST_NUMBER + NUM_VALUES))
 PAGES = 2
 FIRST_LOGS = 2  # results that log and do not ask, so that there is something to ask for
 TASK = "read the paper, then answer"
-ISOLATED = " [a-z]+[0-9]*(?![a-z0-9])"  # each word and each fact becomes one token
 
-type Fact = tuple[str, str]  # ("kite", "1"), written kite1
+type Fact = tuple[str, str]  # a word and its value, told as "12 lamp" and said as "lamp 12"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +59,6 @@ def logs_of(phase: int) -> tuple[str, ...]:
     return DATASETS[start : (phase + 1) * WORDS_PER_PHASE + FIRST_LOGS]
 
 
-def all_facts() -> list[Fact]:
-    """Every fact that may be told."""
-    words = [word for phase in range(PHASES) for word in (*settings_of(phase), *logs_of(phase))]
-    return [(word, kind) for word in words for kind in KINDS]
-
-
 def transcripts(count: int, *, seed: str) -> Iterator[Transcript]:
     """Transcripts that no other seed gives."""
     for number in range(count):
@@ -85,15 +79,16 @@ def transcript(seed: str) -> Transcript:
 
 def texts(count: int, *, seed: str) -> Iterator[str]:
     """What a tokenizer is trained on, as it stands between control tokens."""
+    words = [word for phase in range(PHASES) for word in (*settings_of(phase), *logs_of(phase))]
     for made in transcripts(count, seed=seed):
         for message in made.messages:
             yield f"\n{message.content}\n"
             yield from (f"{call.name}\n" for call in message.tool_calls)
-        yield "".join(f" {word} {word}{kind}" for word, kind in all_facts())
+        yield "".join(f" {word}" for word in (*words, *VALUES))
 
 
 def _facts(chosen: random.Random, words: Sequence[str], count: int) -> list[Fact]:
-    return [(word, chosen.choice(KINDS)) for word in chosen.sample(words, count)]
+    return [(word, chosen.choice(VALUES)) for word in chosen.sample(words, count)]
 
 
 def _reading(chosen: random.Random, facts: list[Fact]) -> Iterator[Message]:
@@ -104,7 +99,7 @@ def _reading(chosen: random.Random, facts: list[Fact]) -> Iterator[Message]:
     for number, page in enumerate(pages, 1):
         yield Message(role=Role.ASSISTANT, tool_calls=(ToolCall(name="read", arguments={}),))
         reading = Reading.COMPLETE if number == len(pages) else Reading.PART
-        shown = "\n".join(f"set {word}{kind}" for word, kind in page)
+        shown = "\n".join(f"set {value} {word}" for word, value in page)
         yield Message(role=Role.TOOL, content=shown, reading=reading)
 
 
@@ -132,8 +127,9 @@ def _neighbours_swapped(chosen: random.Random, facts: list[Fact]) -> list[Fact]:
 def _turn(step: Step) -> Iterator[Message]:
     yield Message(role=Role.ASSISTANT, content=_saying(step.said), tool_calls=(ToolCall(name="next", arguments={}),))
     asked = f"\nask {' '.join(word for word, _ in step.asked)}" if step.asked else ""
-    yield Message(role=Role.TOOL, content=f"log {''.join(step.logged)}{asked}")
+    word, value = step.logged
+    yield Message(role=Role.TOOL, content=f"log {value} {word}{asked}")
 
 
 def _saying(facts: Sequence[Fact]) -> str:
-    return "".join(["say", *(f" {word} {word}{kind}" for word, kind in facts)]) if facts else ""
+    return "".join(["say", *(f" {word} {value}" for word, value in facts)]) if facts else ""

@@ -26,8 +26,8 @@ from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.tokenizer import Tokenizer
 from megatron_klong.trajectory.windows import SplitPlan, split
 
-# A transcript has about 750 tokens; a turn with its result 23, so `keep` holds every fact that is asked for.
-POLICY = ContextPolicy(max_tokens=320, reserve_tokens=25, keep=96, pin="reading", prefix_cap_tokens=128)
+# A transcript has about 850 tokens; a turn with its result 24, so `keep` holds every fact that is asked for.
+POLICY = ContextPolicy(max_tokens=344, reserve_tokens=26, keep=98, pin="reading", prefix_cap_tokens=128)
 
 
 class Variant(StrEnum):
