@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--steps",
         str(STEPS),
         "--train",
-        "12",
+        "40",
         "--heldout",
         "2",
         "--keep",
