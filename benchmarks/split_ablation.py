@@ -11,8 +11,7 @@ first window), each in the context that the live agent would have had: the windo
     no_overlap  of the history nothing but the newest turn survives a cut
 
 The budget is the same for all: as many steps of as many rows of as many tokens, context included, at the same learning
-rates. Context is paid for: of the same number of tokens split trains the fewest. Learning rate and number of steps were
-chosen for split, by its loss on transcripts that are neither trained nor held out here.
+rates (that of the quickstart). Context is paid for: of the same number of tokens split trains the fewest.
 
     late_over_split        by variant: held-out loss of all late trained tokens / that of split, of the means over seeds
     prefix_over_split      the same of late answers that stand in the prefix only

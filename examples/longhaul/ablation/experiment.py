@@ -10,15 +10,14 @@ from pathlib import Path
 
 from examples.longhaul.ablation.runs import LEARNING_RATE, budget, sft_config, train_all
 from examples.longhaul.ablation.table import Outcome
-from examples.longhaul.ablation.transcripts import texts, transcripts
+from examples.longhaul.ablation.transcripts import ISOLATED, texts, transcripts
 from examples.longhaul.ablation.variants import Variant, write_shard
-from examples.longhaul.corpus import ISOLATED
 from megatron_klong.data.shard import Shard
 from megatron_klong.train.config import SftConfig
 from megatron_klong.trajectory.tokenizer import Tokenizer, load_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 
-_VOCABULARY = 1024  # an upper bound: every word and every value gets a token of its own
+_VOCABULARY = 2048  # an upper bound: every word and every fact gets a token of its own
 _TEXTS = 50
 
 
@@ -64,7 +63,7 @@ def _run(plan: Plan, variant: Variant, seed: int, tokenizer: Tokenizer) -> SftCo
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
-    """A token for each word and each value."""
+    """A token for each word and each fact."""
     train_tokenizer(texts(_TEXTS, seed="tokenizer"), vocabulary_size=_VOCABULARY, folder=folder, isolated=ISOLATED)
     return load_tokenizer(folder)
 

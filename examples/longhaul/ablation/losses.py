@@ -23,7 +23,7 @@ from megatron.core.models.gpt import GPTModel
 from numpy.typing import NDArray
 
 from examples.longhaul.ablation.table import PLACES, Score
-from examples.longhaul.ablation.transcripts import VALUES
+from examples.longhaul.ablation.transcripts import all_facts
 from megatron_klong.data.shard import Shard
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
@@ -37,29 +37,28 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """position: of the value that is said.  place: where it was told: prefix, overlap, new, or absent."""
+    """position: of the fact that is said.  place: where it was told: prefix, overlap, new, or absent."""
 
     position: int
     place: str
 
 
-def value_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The id of each value. Raises AnswerError if one is no single token."""
-    encoded = [tokenizer.encode(f" {value}") for value in VALUES]
+def fact_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The id of each fact. Raises AnswerError if one is no single token."""
+    encoded = [tokenizer.encode(f" {word}{kind}") for word, kind in all_facts()]
     if any(len(ids) != 1 for ids in encoded):
-        raise AnswerError("a value is more than one token; train the tokenizer with a larger vocabulary")
+        raise AnswerError("a fact is more than one token; train the tokenizer with a larger vocabulary")
     return frozenset(ids[0] for ids in encoded)
 
 
-def answers(shard: Shard, window: int, values: frozenset[int]) -> Iterator[Answer]:
-    """The answers that a window trains: values that the assistant says, each behind its word."""
+def answers(shard: Shard, window: int, facts: frozenset[int]) -> Iterator[Answer]:
+    """The answers that a window trains: facts that the assistant says."""
     found = shard.window(window)
     ids = found.ids.tolist()
     prefix = int(shard.column("prefix_tokens")[window])
     for position in np.flatnonzero(found.loss_mask).tolist():
-        if ids[position] in values:
-            fact = [ids[position], ids[position - 1]]
-            told = [place for place in range(position) if ids[place : place + 2] == fact]
+        if ids[position] in facts:
+            told = [place for place in range(position) if ids[place] == ids[position]]
             yield Answer(position=position, place=_place(told, prefix, found.new_start))
 
 
@@ -77,11 +76,11 @@ def score(weights: Path, shard: Shard, tokenizer: Tokenizer) -> dict[str, Score]
     model = build_model(config, LayoutConfig())
     load_hugging_face([model], config, weights)
     model.eval()
-    values = value_ids(tokenizer)
+    facts = fact_ids(tokenizer)
     collected: dict[str, list[NDArray[np.float64]]] = {place: [] for place in PLACES}
     for window in late_windows(shard):
         figures = _token_figures(model, shard.window(window).ids)
-        said = list(answers(shard, window, values))
+        said = list(answers(shard, window, facts))
         if any(answer.place == "absent" for answer in said):
             raise AnswerError(f"window {window} of {shard.prefix}: an answer was told nowhere in its context")
         for answer in said:

@@ -26,8 +26,8 @@ from megatron_klong.trajectory.schema import Transcript
 from megatron_klong.trajectory.tokenizer import Tokenizer
 from megatron_klong.trajectory.windows import SplitPlan, split
 
-# A transcript has about 850 tokens; a turn with its result 24, so `keep` holds every fact that is asked for.
-POLICY = ContextPolicy(max_tokens=344, reserve_tokens=26, keep=98, pin="reading", prefix_cap_tokens=128)
+# A transcript has about 650 tokens; a turn with its result 20, so `keep` holds every fact that is asked for.
+POLICY = ContextPolicy(max_tokens=264, reserve_tokens=24, keep=84, pin="reading", prefix_cap_tokens=96)
 
 
 class Variant(StrEnum):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.longhaul.ablation.losses import answers, late_windows, value_ids
+from examples.longhaul.ablation.losses import answers, fact_ids, late_windows
 from examples.longhaul.ablation.runs import budget
 from megatron_klong.data.shard import Shard
 from megatron_klong.trajectory.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--steps",
         str(STEPS),
         "--train",
-        "12",
+        "40",
         "--heldout",
         "2",
         "--keep",
@@ -63,10 +63,10 @@ def test_every_variant_has_the_same_budget(folder: Path) -> None:
 
 
 def test_late_answers_of_the_paper_are_absent_only_without_the_prefix(folder: Path) -> None:
-    values = value_ids(load_tokenizer(folder / "tokenizer"))
+    facts = fact_ids(load_tokenizer(folder / "tokenizer"))
     for variant, absent in (("split", False), ("no_prefix", True)):
         shard = Shard(folder / "shards" / f"{variant}-1")
-        places = [answer.place for window in late_windows(shard) for answer in answers(shard, window, values)]
+        places = [answer.place for window in late_windows(shard) for answer in answers(shard, window, facts)]
         assert ("absent" in places) == absent
         assert ("prefix" in places) != absent
 

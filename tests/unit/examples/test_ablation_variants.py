@@ -3,7 +3,7 @@
 import pytest
 
 from examples.longhaul.ablation.experiment import make_tokenizer
-from examples.longhaul.ablation.losses import answers, is_last, late_windows, value_ids
+from examples.longhaul.ablation.losses import answers, fact_ids, is_last, late_windows
 from examples.longhaul.ablation.transcripts import TASK, transcripts
 from examples.longhaul.ablation.variants import POLICY, Variant, write_shard
 from megatron_klong.data.shard import Shard
@@ -31,8 +31,8 @@ def shards(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def places(shard: Shard, windows: list[int], tokenizer: Tokenizer) -> set[str]:
-    values = value_ids(tokenizer)
-    return {answer.place for window in windows for answer in answers(shard, window, values)}
+    facts = fact_ids(tokenizer)
+    return {answer.place for window in windows for answer in answers(shard, window, facts)}
 
 
 def texts(shard: Shard, tokenizer: Tokenizer) -> list[str]:
@@ -95,7 +95,7 @@ def test_no_window_is_longer_than_the_policy_allows_and_all_begin_with_the_task(
         assert all(text.startswith(f"[gMASK]<sop><|user|>\n{TASK}") for text in texts(shard, tokenizer))
 
 
-def test_every_word_and_every_value_is_one_token(tokenizer: Tokenizer) -> None:
+def test_every_word_and_every_fact_is_one_token(tokenizer: Tokenizer) -> None:
     for made in transcripts(COUNT, seed="words"):
         for message in made.messages:
             for line in message.content.splitlines():
