@@ -48,19 +48,6 @@ from megatron_klong.train.step import train_step  # noqa: E402
 SETTING = Setting(model={}, layout={}, processes=1)
 
 
-def shape(scale: int) -> ModelConfig:
-    """The architecture at so many times the width and the experts of `tiny`."""
-    small = tiny(8192)
-    return small.model_copy(
-        update={
-            "hidden_size": small.hidden_size * scale,
-            "intermediate_size": small.intermediate_size * scale,
-            "moe_intermediate_size": small.moe_intermediate_size * scale,
-            "n_routed_experts": small.n_routed_experts * scale,
-        }
-    )
-
-
 def random_batch(config: ModelConfig, tokens: int) -> PackedBatch:
     """One window that fills its row."""
     ids = torch.randint(0, config.vocab_size, (1, tokens))
@@ -68,6 +55,7 @@ def random_batch(config: ModelConfig, tokens: int) -> PackedBatch:
         ids=ids,
         positions=torch.arange(tokens)[None],
         labels=ids.roll(-1),
+        groups=torch.zeros_like(ids),
         loss_mask=torch.ones_like(ids, dtype=torch.bool),
         padding_mask=torch.zeros_like(ids, dtype=torch.bool),
         cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
@@ -129,7 +117,7 @@ def main() -> int:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     load = os.getloadavg()[0]
     initialize(LayoutConfig(), seed=1)
-    config = shape(options.scale)
+    config = tiny(8192, scale=options.scale)
     training = make_trainable([build_model(config, LayoutConfig())], OptimizerConfig(), steps=100000)
     taken: dict[str, list[float]] = {"waited for": [], "step": [], "copy": [], "publish": [], "all": [], "steps": []}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

@@ -76,18 +76,9 @@ def window_lengths(tokens: int) -> list[int]:
 
 
 def shape(scale: int) -> ModelConfig:
-    """The architecture at so many times the width and the experts of `tiny`."""
-    small = tiny(8192)
-    return small.model_copy(
-        update={
-            "hidden_size": small.hidden_size * scale,
-            "intermediate_size": small.intermediate_size * scale,
-            "moe_intermediate_size": small.moe_intermediate_size * scale,
-            "head_dim": small.head_dim * 2,
-            "n_routed_experts": small.n_routed_experts * scale,
-            "num_experts_per_tok": 4,
-        }
-    )
+    """`tiny` at so many times its width and experts, with wider heads and twice the experts a token."""
+    wide = tiny(8192, scale=scale)
+    return wide.model_copy(update={"head_dim": 2 * wide.head_dim, "num_experts_per_tok": 4})
 
 
 def transformers_model(model: GPTModel, config: ModelConfig) -> Any:

@@ -154,19 +154,6 @@ def random_transcript(chosen: random.Random, tokens: int) -> RenderedTranscript:
     return RenderedTranscript(preamble=(segment(SegmentKind.PREAMBLE, 2),), messages=tuple(messages), closing=())
 
 
-def shape(scale: int) -> ModelConfig:
-    """The architecture at so many times the width and the experts of `tiny`."""
-    small = tiny(VOCABULARY)
-    return small.model_copy(
-        update={
-            "hidden_size": small.hidden_size * scale,
-            "intermediate_size": small.intermediate_size * scale,
-            "moe_intermediate_size": small.moe_intermediate_size * scale,
-            "n_routed_experts": small.n_routed_experts * scale,
-        }
-    )
-
-
 def trainable(config: SftConfig, model_config: ModelConfig) -> Training:
     """The same weights at every call."""
     torch.manual_seed(1)
@@ -361,7 +348,7 @@ def main() -> int:
             global_batch_rows=options.rows,
             row_tokens=options.tokens,
         )
-        model_config = shape(options.scale)
+        model_config = tiny(VOCABULARY, scale=options.scale)
         data, again = (
             open_mixture(config.all_sources, row_tokens=config.row_tokens, seed=config.seed) for _ in range(2)
         )

@@ -47,6 +47,15 @@ def start(
     )
 
 
+def run(command: Sequence[str], *, output: IO[bytes], environment: Mapping[str, str], stop_seconds: float) -> int:
+    """Run a program to its end, all it prints into `output`; its exit status. Interrupted, it takes it along."""
+    process = start(command, output=output, errors=subprocess.STDOUT, environment=environment)
+    try:
+        return process.wait()
+    finally:
+        stop(process, seconds=stop_seconds)
+
+
 def stop(process: subprocess.Popen[bytes], *, seconds: float) -> None:
     """End it and all it started: first politely, then, after so many seconds, by force."""
     if process.poll() is None:

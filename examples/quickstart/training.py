@@ -4,7 +4,6 @@ Each program runs as a child, its output in a file. It reads its own TOML file, 
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,16 +84,11 @@ def start_program(run: Run, name: str, program: Sequence[str], settings: dict[st
     output.parent.mkdir(parents=True, exist_ok=True)
     flags = [part for key, value in settings.items() for part in (f"--{key}", value)]
     with output.open("wb") as printed:
-        process = processes.start(
-            [sys.executable, *program, *flags], output=printed, errors=subprocess.STDOUT, environment=run.environment
-        )
-        try:
-            process.wait()
-        finally:
-            processes.stop(process, seconds=_STOP_SECONDS)
-    if process.returncode:
+        command = [sys.executable, *program, *flags]
+        status = processes.run(command, output=printed, environment=run.environment, stop_seconds=_STOP_SECONDS)
+    if status:
         lines = output.read_text(errors="replace").strip().splitlines()
-        raise ProgramFailed(f"{name} exited with {process.returncode}; it printed to {output}: {lines[-1:]}")
+        raise ProgramFailed(f"{name} exited with {status}; it printed to {output}: {lines[-1:]}")
 
 
 def evaluate(run: Run, model: str, weights: Path, heldout: Sequence[str]) -> list[EpisodeRecord]:

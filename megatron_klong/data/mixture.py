@@ -52,7 +52,7 @@ def open_mixture(
     held = held_out([sources[name].keys for name in configs], [shares[name] for name in configs])
     train, validation = [], []
     for name, source in sources.items():
-        out = _windows_of(source.keys, held)[source.document]
+        out = _are_in(source.keys, held)[source.document]
         everything = np.arange(len(out))
         if shares[name] < 1:
             train.append(Part(name=name, source=source, windows=everything[~out], weight=configs[name].weight))
@@ -66,6 +66,6 @@ def open_mixture(
     )
 
 
-def _windows_of(keys: Sequence[str], held: frozenset[str]) -> NDArray[np.bool_]:
+def _are_in(keys: Sequence[str], held: frozenset[str]) -> NDArray[np.bool_]:
     """[documents]"""
     return np.array([key in held for key in keys], dtype=np.bool_)

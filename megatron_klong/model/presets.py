@@ -45,18 +45,21 @@ def preset(name: PresetName) -> ModelConfig:
     return tiny(512) if name == "tiny" else _PRESETS[name]
 
 
-def tiny(vocab_size: int) -> ModelConfig:
-    """GLM-4.5's architecture at a size for tests and a CPU: about 0.3 million parameters beside the embeddings."""
+def tiny(vocab_size: int, *, scale: int = 1) -> ModelConfig:
+    """GLM-4.5's architecture at a size for tests and a CPU: about 0.3 million parameters beside the embeddings.
+
+    scale: so many times as wide, with so many times the experts.
+    """
     return ModelConfig(
         vocab_size=padded(vocab_size),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=64 * scale,
+        intermediate_size=128 * scale,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=16,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
+        moe_intermediate_size=32 * scale,
+        n_routed_experts=8 * scale,
         num_experts_per_tok=2,
         attention_bias=True,
         rope_theta=1e6,

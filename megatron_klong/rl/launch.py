@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import STDOUT
 
 from megatron_klong import processes
 from megatron_klong.config import ConfigError
@@ -38,13 +37,9 @@ class Launcher:
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.trainer_prefix, "-m", "megatron_klong.rl.train", *arguments]
         with output.open("ab") as printed:
-            process = processes.start(command, output=printed, errors=STDOUT, environment=self.environment)
-            try:
-                process.wait()
-            finally:
-                processes.stop(process, seconds=_STOP_SECONDS)
-        if process.returncode:
-            raise TrainerFailed(f"the trainer exited with {process.returncode}: {_last_lines(output)}")
+            status = processes.run(command, output=printed, environment=self.environment, stop_seconds=_STOP_SECONDS)
+        if status:
+            raise TrainerFailed(f"the trainer exited with {status}: {_last_lines(output)}")
 
 
 def make_launcher(config: RlConfig) -> Launcher:

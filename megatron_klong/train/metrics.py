@@ -1,8 +1,8 @@
 """The curves of a run: JSON lines in its folder, and wandb where asked for. Only one process writes.
 
-`metrics.jsonl` has a line a step, `{"step": 1, "loss": ...}`; every line is whole on disk before the next step.
-A resumed run first cuts off what lies behind the step it resumes from, a torn last line too, so each step stands
-there once, as the weights that live on saw it.
+`metrics.jsonl` has a line a step, `{"step": 1, "loss": ...}`, and one of step 0 for what is measured before the first;
+every line is whole on disk before the next step. A resumed run first cuts off what lies behind the step it resumes
+from, a torn last line too, so each step stands there once, as the weights that live on saw it.
 
 wandb writes below `wandb/` in the run folder; `wandb_id` holds the id of its run, which a resumed run goes on under.
 Offline it opens no connection, and each start makes an `offline-run-*` folder of its own for `wandb sync`.

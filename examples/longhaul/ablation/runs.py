@@ -6,7 +6,6 @@ runs' own curves.
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,16 +82,12 @@ def _train(config: SftConfig) -> None:
     settings, output = folder / "sft.toml", folder / "output.txt"
     write_resolved(config, settings)
     with output.open("wb") as printed:
-        process = processes.start(
+        status = processes.run(
             [sys.executable, "-m", "megatron_klong.train.sft", str(settings)],
             output=printed,
-            errors=subprocess.STDOUT,
             environment={"OMP_NUM_THREADS": "1", processes.ANCESTOR: str(os.getpid())},
+            stop_seconds=_STOP_SECONDS,
         )
-        try:
-            process.wait()
-        finally:
-            processes.stop(process, seconds=_STOP_SECONDS)
-    if process.returncode:
+    if status:
         lines = output.read_text(errors="replace").strip().splitlines()
-        raise RunFailed(f"{folder.name}: sft exited with {process.returncode}; see {output}: {lines[-1:]}")
+        raise RunFailed(f"{folder.name}: sft exited with {status}; see {output}: {lines[-1:]}")

@@ -36,6 +36,17 @@ def test_the_layer_that_predicts_further_tokens_is_on_the_last_stage_with_an_emb
     assert sum(found) - sum(plain) == MOE + joined + 512 * 64
 
 
+def test_of_an_interleaved_pipeline_a_process_holds_every_second_stage_and_more_in_flight() -> None:
+    layout = LayoutConfig(pipeline_parallel=2, virtual_pipeline_parallel=2)
+    first, last = stage_layers(TINY, layout)
+    assert (first.experts, last.experts) == ((False, True), (True, True))  # layers 0 and 2, 1 and 3
+    assert holding(TINY, layout, first).parameters == 512 * 64 + (ATTENTION + 3 * 64 * 128) + MOE
+    assert holding(TINY, layout, last).parameters == 2 * MOE + 64 + 512 * 64
+    work = Workload(row_tokens=128, micro_batches=8, device="cpu")
+    # in halves of a process's layers: 2 * 1 + 2 + 1 of the first one, 2 * 0 + 2 + 1 of the last one
+    assert [stage.in_flight for stage in make_plan(TINY, layout, work, gpus=2).stages] == [3, 2]
+
+
 def test_bytes_of_a_bf16_rank() -> None:
     layout = LayoutConfig(tensor_parallel=2, expert_parallel=4)
     held = Holding(dense=Counter({100: 2, 64: 1}), expert=Counter({64: 2}), fp32_buffers=16)
