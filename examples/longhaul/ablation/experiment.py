@@ -50,7 +50,7 @@ def compare(plan: Plan) -> list[Outcome]:
     """Train and score every variant with every seed. Raises RunFailed, AnswerError."""
     tokenizer = make_tokenizer(plan.folder / "tokenizer")
     heldout = plan.folder / "heldout"
-    write_shard(heldout, transcripts(plan.heldout, seed="heldout"), tokenizer, Variant.SPLIT)
+    write_shard(heldout, transcripts(plan.heldout, seed="held-out"), tokenizer, Variant.SPLIT)
     train_all([_run(plan, variant, seed, tokenizer) for variant, seed in plan.pairs], at_once=plan.at_once)
     return [_outcome(plan, variant, seed, Shard(heldout), tokenizer) for variant, seed in plan.pairs]
 

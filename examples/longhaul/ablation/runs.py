@@ -21,7 +21,7 @@ SHAPE = Path(__file__).parent / "model.json"
 ROW_TOKENS = 1320  # five windows of the longest
 ROWS_A_STEP = 1
 LEARNING_RATE = 5e-3
-STEPS = 600
+STEPS = 1500
 _STOP_SECONDS = 10.0
 
 
@@ -48,7 +48,7 @@ def sft_config(shard: Path, run_folder: Path, *, steps: int, seed: int, learning
         global_batch_rows=ROWS_A_STEP,
         row_tokens=ROW_TOKENS,
         optimizer=OptimizerConfig(
-            learning_rate=learning_rate, min_learning_rate=learning_rate / 5, warmup_steps=min(10, steps // 2)
+            learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup_steps=min(10, steps // 2)
         ),
         seed=seed,
         save_every_steps=steps,
