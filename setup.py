@@ -30,6 +30,7 @@ setup(
         "httpx>=0.28",
         "starlette>=1.0",
         "uvicorn>=0.40",
+        "prometheus-client>=0.22",
         "matplotlib>=3.9",
         "psutil>=6.0",
         "einops>=0.8",

@@ -60,8 +60,11 @@ def build_model(
     recompute: Recompute = "none",
     initialize_weights: bool = True,
     vp_stage: int | None = None,
+    routes: bool = False,
 ) -> GPTModel:
     """Random weights, or with `initialize_weights=False` whatever the memory holds, on this process's device.
+
+    routes: whether its routers can record where tokens go, and send them there again (`RouterReplay`).
 
     vp_stage: which of its virtual pipeline stages, where the layout has several a process.
 
@@ -84,6 +87,7 @@ def build_model(
         **_computation(precision, recompute, transformer_engine=transformer_engine),
         **_in_8_bits(fp8),
         perform_initialization=initialize_weights,
+        moe_enable_routing_replay=routes,
     )
     layers = get_gpt_decoder_block_spec(
         transformer_config, use_transformer_engine=transformer_engine, vp_stage=vp_stage

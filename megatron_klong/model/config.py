@@ -31,6 +31,7 @@ _FIXED: dict[str, Any] = {
     "topk_group": 1,
     "rope_scaling": None,
 }
+_NOT_OF_WEIGHTS = ("router_bias_update_rate", "mtp_loss_weight", "eos_token_id", "pad_token_id")
 # Says nothing about what the model computes.
 _IGNORED = frozenset(
     {
@@ -109,6 +110,12 @@ class ModelConfig(Config):
                 "rotation needs an even number of dimensions"
             )
         return self
+
+    def difference(self, here: "ModelConfig") -> str:
+        """Where weights of this model would not be weights of the one `here`, in words; empty where they would."""
+        there, asked = self.model_dump(), here.model_dump()
+        fields = [name for name in asked if there[name] != asked[name] and name not in _NOT_OF_WEIGHTS]
+        return ", ".join(f"{name} {there[name]} there, {asked[name]} here" for name in fields)
 
     @classmethod
     def from_hugging_face(cls, path: Path | str) -> Self:

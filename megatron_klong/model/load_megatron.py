@@ -29,8 +29,6 @@ from megatron_klong.model.checkpoint_folder import (
 )
 from megatron_klong.model.config import ModelConfig
 
-_NOT_OF_WEIGHTS = ("router_bias_update_rate", "mtp_loss_weight", "eos_token_id", "pad_token_id")
-
 
 def sharded_metadata() -> dict[str, Any]:
     """How models describe themselves for our checkpoints: one tensor for all experts of a layer."""
@@ -63,10 +61,8 @@ def load_megatron(chunks: Sequence[GPTModel], config: ModelConfig, folder: Path 
 
 def refuse_other_model(checkpoint: CheckpointFolder, config: ModelConfig) -> None:
     """Raises CheckpointError, naming the fields, where a checkpoint holds another model than `config`."""
-    saved, asked = checkpoint.model.model_dump(), config.model_dump()
-    if fields := [name for name in asked if saved[name] != asked[name] and name not in _NOT_OF_WEIGHTS]:
-        shown = ", ".join(f"{name} {saved[name]} there, {asked[name]} here" for name in fields)
-        raise CheckpointError(f"{checkpoint.folder}: of another model ({shown}); use its own configuration")
+    if difference := checkpoint.model.difference(config):
+        raise CheckpointError(f"{checkpoint.folder}: of another model ({difference}); use its own configuration")
 
 
 def verify_together(checkpoint: CheckpointFolder, *, cure: str) -> None:

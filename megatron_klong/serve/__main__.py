@@ -1,5 +1,9 @@
 """`python -m megatron_klong.serve serve.toml`: serve a policy until SIGTERM or SIGINT.
 
+    python -m megatron_klong.serve examples/quickstart/serve.toml                                one process
+    torchrun --nproc-per-node 2 -m megatron_klong.serve serve.toml --layout.tensor_parallel 2    a divided model
+    python -m megatron_klong.serve serve.toml --engine nemo_http                                 NeMo's own server
+
 One line of JSON on stdout says where, once requests are answered; all else goes to stderr. Stopped by a signal it
 finishes what is in flight (as long as `drain_seconds`) and exits with 0; if the engine fails, with 1.
 """
@@ -12,18 +16,24 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import uvicorn
 
 from megatron_klong.config import ConfigError, parse_command_line
+from megatron_klong.processes import end_with_launcher
 from megatron_klong.serve.app import Front
 from megatron_klong.serve.config import ServeConfig
+from megatron_klong.serve.interface import Engine
+from megatron_klong.serve.protocol import EngineStopped
+from megatron_klong.trajectory.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 PROGRAM = "python -m megatron_klong.serve"
 
 
 def main(argv: list[str]) -> int:
+    end_with_launcher()
     asked = parse_command_line(
         ServeConfig, argv, program=PROGRAM, description="Serve a policy over HTTP: token ids in, token ids out."
     )
@@ -33,8 +43,14 @@ def main(argv: list[str]) -> int:
     announcements = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
+        if asked.config.engine == "nemo_http":
+            from megatron_klong.serve.nemo_http import serve_stock
+
+            return serve_stock(asked.config, lambda line: print(json.dumps(line), file=announcements))
+        if os.environ.get("RANK", "0") != "0":
+            return _follow(asked.config)
         return _serve(asked.config, announcements)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, TokenizerError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the weights were read; later it is a request to finish
@@ -44,13 +60,13 @@ def main(argv: list[str]) -> int:
 def _serve(config: ServeConfig, announcements: IO[str]) -> int:
     # taken before the weights are read, so that a port in use is known at once
     listener = socket.create_server((config.host, config.port), backlog=1024)
-    from megatron_klong.serve.engine import MegatronEngine  # here: --help must not import torch
-
-    engine = MegatronEngine(config)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    token = _token(config)
+    engine = _engine(config, tokenizer)
     engine.start()
     host, port = listener.getsockname()[:2]
     settings = uvicorn.Config(
-        Front(config, engine).app(),
+        Front(config, engine, tokenizer=tokenizer, token=token).app(),
         log_config=None,
         lifespan="off",
         timeout_graceful_shutdown=config.drain_seconds,
@@ -66,6 +82,37 @@ def _serve(config: ServeConfig, announcements: IO[str]) -> int:
         print(f"{PROGRAM}: the engine failed: {engine.failure!r}", file=sys.stderr)
         return 1
     return 0
+
+
+def _follow(config: ServeConfig) -> int:
+    """On another rank than 0: do what that one says. It is stopped by it, too; a launcher signals all of them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        _engine(config, None).follow()
+    except EngineStopped as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _engine(config: ServeConfig, tokenizer: Tokenizer | None) -> Engine:
+    if config.engine == "nemo":
+        from megatron_klong.serve.nemo import NemoEngine
+
+        return NemoEngine(config)
+    from megatron_klong.serve.engine import MegatronEngine  # here: --help must not import torch
+
+    return MegatronEngine(config, tokenizer)
+
+
+def _token(config: ServeConfig) -> str | None:
+    if config.token_file is None:
+        return None
+    lines = Path(config.token_file).read_text(encoding="utf-8").splitlines()
+    if not lines or not lines[0].strip():
+        raise ConfigError(f"token_file {config.token_file}: its first line is empty; put the token there")
+    return lines[0].strip()
 
 
 class _Server(uvicorn.Server):

@@ -1,113 +1,268 @@
-"""The HTTP front: token ids in, sampled ids out, one engine behind it; errors are JSON with the right status.
+"""The HTTP front: who may ask, how much at once, and what is answered when something is wrong; one engine behind it.
 
     400  malformed, a token id the model does not have, or too long (with the numbers)
+    401  without the token, where one is set
     404, 405  no such route, or not by that method
+    408, 413  the body took too long to arrive, or is too large
+    409  the policy is older than the request wants, or new weights were refused
     429  as many requests as are allowed already wait; Retry-After says when to come back
+    502  the engine's reply was none: no ids, or a log-probability short
     503  the engine has ended
+    504  the request's deadline passed before a token was sampled
 
-Many requests in flight are the engine's to batch. There is no authentication: listen on loopback, or behind something.
+Errors are JSON as OpenAI writes it. A client that goes away ends its requests; metrics count that as 499.
 """
 
+import asyncio
+import hmac
 import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from megatron_klong.serve.chat import ChatCompletions
+from megatron_klong.serve.completions import TextCompletions
 from megatron_klong.serve.config import ServeConfig
+from megatron_klong.serve.interface import Engine
+from megatron_klong.serve.metrics import Metrics
+from megatron_klong.serve.prompts import Prompts
 from megatron_klong.serve.protocol import (
+    CHAT,
     COMPLETIONS,
     HEALTH,
+    METRICS,
     MODELS,
+    REFIT,
     Completion,
     CompletionRequest,
+    DeadlinePassed,
     EngineStopped,
     ProtocolError,
+    RefitRefused,
+    RefitRequest,
+    ReplyError,
 )
+from megatron_klong.serve.streams import Piece, pieces, replies
+from megatron_klong.serve.wire import read_json
+from megatron_klong.trajectory.tokenizer import Tokenizer
 
 _RETRY_AFTER_SECONDS = 1
+_GONE = 499  # nobody reads the answer
+_MIB = 1 << 20
+
+type Asked = TextCompletions | ChatCompletions
+type Handler = Callable[[Request], Awaitable[Response]]
 
 
-class Engine(Protocol):
-    """What the front needs of an engine."""
+class Refused(Exception):
+    """An answer that is an error."""
 
-    vocabulary_size: int
-    failure: BaseException | None
-
-    async def generate(self, request: CompletionRequest) -> Completion: ...
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
 
 
 class Front:
     """The routes of one server."""
 
-    def __init__(self, config: ServeConfig, engine: Engine) -> None:
+    def __init__(
+        self, config: ServeConfig, engine: Engine, *, tokenizer: Tokenizer | None = None, token: str | None = None
+    ) -> None:
         self._config = config
         self._engine = engine
+        self._tokenizer = tokenizer
+        self._prompts = Prompts(tokenizer) if tokenizer else None
+        self._token = token
+        self._metrics = Metrics()
         self._in_flight = 0
 
     def app(self) -> Starlette:
+        routes: Sequence[tuple[str, str, Handler]] = (
+            (COMPLETIONS, "POST", self.completions),
+            (CHAT, "POST", self.chat),
+            (REFIT, "POST", self.refit),
+            (MODELS, "GET", self.models),
+            (METRICS, "GET", self.metrics),
+            (HEALTH, "GET", self.health),
+            ("/v1" + HEALTH, "GET", self.health),  # where Megatron's own server has it
+        )
         return Starlette(
-            routes=[
-                Route(COMPLETIONS, self.completions, methods=["POST"]),
-                Route(MODELS, self.models),
-                Route(HEALTH, self.health),
-            ],
+            routes=[Route(path, self._guarded(path, handler), methods=[method]) for path, method, handler in routes],
             exception_handlers={HTTPException: _http_error, Exception: _server_error},
         )
 
     async def completions(self, request: Request) -> Response:
-        if self._in_flight >= self._config.max_requests + self._config.max_waiting:
-            return _error(
-                429, f"{self._in_flight} requests are in flight already", {"Retry-After": str(_RETRY_AFTER_SECONDS)}
-            )
-        self._in_flight += 1
-        try:
-            asked = CompletionRequest.from_wire(json.loads(await request.body()))
-            self._check(asked)
-            completion = await self._engine.generate(asked)
-            return JSONResponse(completion.to_wire(model=self._config.name))
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
-        except EngineStopped as error:
-            return _error(503, str(error))
-        except (ProtocolError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            return _error(400, str(error) or type(error).__name__)
-        finally:
-            self._in_flight -= 1
+        body = read_json(await self._body(request))
+        return await self._answer(request, TextCompletions.of(body, model=self._config.name, tokenizer=self._tokenizer))
+
+    async def chat(self, request: Request) -> Response:
+        body = read_json(await self._body(request))
+        if self._prompts is None or self._tokenizer is None:
+            raise ProtocolError("messages: this server has no tokenizer; start it with --tokenizer")
+        asked = ChatCompletions.of(
+            body,
+            model=self._config.name,
+            prompts=self._prompts,
+            tokenizer=self._tokenizer,
+            longest=self._config.max_sequence_length,
+        )
+        return await self._answer(request, asked)
+
+    async def refit(self, request: Request) -> Response:
+        asked = RefitRequest.from_wire(read_json(await self._body(request)))
+        reply = await self._engine.refit(asked)
+        return JSONResponse(reply.model_dump(mode="json"))
 
     async def models(self, request: Request) -> Response:
         config = self._config
         entry = {
             "id": config.name,
             "object": "model",
+            "created": 0,
             "owned_by": "megatron_klong",
             "max_model_len": config.max_sequence_length,
             "vocab_size": self._engine.vocabulary_size,
-            "policy_epoch": config.policy_epoch,
+            "policy_epoch": self._engine.policy_epoch,
+            "exact_tokens": self._engine.exact_tokens,
         }
         return JSONResponse({"object": "list", "data": [entry]})
 
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(self._engine, self._in_flight), media_type="text/plain; version=0.0.4")
+
     async def health(self, request: Request) -> Response:
         if self._engine.failure is not None:
-            return _error(503, f"the engine has ended: {self._engine.failure}")
+            raise EngineStopped(f"the engine has ended: {self._engine.failure}")
         return JSONResponse({"status": "ok", "in_flight": self._in_flight})
 
+    def _guarded(self, path: str, handler: Handler) -> Handler:
+        """The handler with its faults as answers, and all answers counted."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._admit(path, request)
+                response = await handler(request)
+            except ClientDisconnect:
+                response = Response(status_code=_GONE)
+            except Refused as error:
+                response = _error(error.status, str(error), error.headers)
+            except ReplyError as error:  # of the engine: the fault is not the client's
+                response = _error(502, str(error))
+            except ProtocolError as error:
+                response = _error(400, str(error))
+            except RefitRefused as error:
+                response = _error(409, str(error))
+            except EngineStopped as error:
+                response = _error(503, str(error))
+            except DeadlinePassed as error:
+                response = _error(504, str(error))
+            self._metrics.answered(path, response.status_code)
+            return response
+
+        return guarded
+
+    def _admit(self, path: str, request: Request) -> None:
+        if self._token is None or path.endswith(HEALTH):
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+            raise Refused(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+    async def _body(self, request: Request) -> bytes:
+        """Raises Refused for one that is too large or too slow, ClientDisconnect."""
+        most = int(self._config.max_body_mib * _MIB)
+        too_large = Refused(413, f"the body is larger than max_body_mib {self._config.max_body_mib}")
+        if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
+            raise too_large
+        parts = bytearray()
+        try:
+            async with asyncio.timeout(self._config.body_seconds):
+                async for part in request.stream():
+                    parts += part
+                    if len(parts) > most:
+                        raise too_large
+        except TimeoutError:
+            message = f"the body did not arrive within body_seconds {self._config.body_seconds}"
+            raise Refused(408, message, {"Connection": "close"}) from None
+        return bytes(parts)
+
+    async def _answer(self, request: Request, asked: Asked) -> Response:
+        for one in asked.requests:
+            self._check(one)
+        if self._in_flight + len(asked.requests) > self._config.max_requests + self._config.max_waiting:
+            headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+            raise Refused(429, f"{self._in_flight} requests are in flight already", headers)
+        self._in_flight += len(asked.requests)
+        started = time.monotonic()
+        if asked.delivery.stream:
+            return await self._stream(asked, started)
+        try:
+            completions = await _unless_gone(request, replies(self._engine, asked.requests))
+        finally:
+            self._in_flight -= len(asked.requests)
+        self._metrics.finished(completions, time.monotonic() - started)
+        return JSONResponse(asked.reply(completions))
+
+    async def _stream(self, asked: Asked, started: float) -> Response:
+        """The first piece is waited for, so that what goes wrong before it has a status of its own."""
+        stream = pieces(self._engine, asked.requests)
+        try:
+            first = await anext(stream)
+        except BaseException:
+            self._in_flight -= len(asked.requests)
+            await stream.aclose()
+            raise
+        return StreamingResponse(self._events(asked, first, stream, started), media_type="text/event-stream")
+
+    async def _events(
+        self, asked: Asked, first: Piece, stream: AsyncGenerator[Piece], started: float
+    ) -> AsyncGenerator[str]:
+        completions: list[Completion] = []
+
+        def written(piece: Piece) -> str:
+            if isinstance(piece[1], Completion):
+                completions.append(piece[1])
+            return _event(asked.chunk(*piece))
+
+        try:
+            async with aclosing(stream):
+                yield written(first)
+                async for piece in stream:
+                    yield written(piece)
+            if asked.delivery.include_usage:
+                yield _event(asked.usage_chunk(completions))
+            yield "data: [DONE]\n\n"
+            self._metrics.finished(completions, time.monotonic() - started)
+        except (EngineStopped, DeadlinePassed, ReplyError) as error:  # the status is out already
+            yield _event(_error_body(503, str(error)))
+        finally:
+            self._in_flight -= len(asked.requests)
+
     def _check(self, asked: CompletionRequest) -> None:
-        """Raise ProtocolError for what the engine cannot do."""
+        """Raise for what the engine cannot do."""
         prompt, limit = len(asked.prompt_token_ids), self._config.max_sequence_length
         if prompt + asked.max_tokens > limit:
             raise ProtocolError(
                 f"too long: {prompt} tokens of prompt and max_tokens {asked.max_tokens} are "
                 f"{prompt + asked.max_tokens}, above the maximum context length of {limit}"
             )
-        if asked.seed is not None:
-            raise ProtocolError("seed: all requests are sampled from one generator; set the server's seed instead")
         if asked.top_k >= self._engine.vocabulary_size:
             raise ProtocolError(f"top_k {asked.top_k} is not below the vocabulary's {self._engine.vocabulary_size}")
+        if asked.stop and self._tokenizer is None:
+            raise ProtocolError("stop: this server has no tokenizer; send stop_token_ids, or start it with --tokenizer")
+        if asked.routes and not self._config.routes:
+            raise ProtocolError("routes: this server does not record them; start it with --routes true")
+        wanted, served = asked.policy_epoch_at_least, self._engine.policy_epoch
+        if wanted is not None and wanted > served:
+            raise Refused(409, f"policy_epoch_at_least {wanted}: policy {served} is served here")
         for name, ids in (("prompt", asked.prompt_token_ids), ("stop_token_ids", asked.stop_token_ids)):
             self._check_ids(name, ids)
 
@@ -120,14 +275,41 @@ class Front:
                 )
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": status}}, status_code=status, headers=headers)
+async def _unless_gone[Result](request: Request, work: Awaitable[Result]) -> Result:
+    """What is worked out; if the client leaves first, that is cancelled. Raises ClientDisconnect."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _event(body: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(_error_body(status, message), status_code=status, headers=headers)
+
+
+def _error_body(status: int, message: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    headers: Any = error.headers
-    return _error(error.status_code, error.detail, headers)
+    return _error(error.status_code, error.detail, error.headers)
 
 
 async def _server_error(request: Request, error: Exception) -> Response:

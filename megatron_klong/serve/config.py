@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_klong.config import Config
+from megatron_klong.model.config import LayoutConfig
 
 
 class EngineConfig(Config):
@@ -22,24 +23,41 @@ class EngineConfig(Config):
     """Tokens of prompts read in one step of the engine."""
     kv_cache_gib: float = Field(default=0.5, gt=0)
     """Memory for keys and values."""
-    block_tokens: int = Field(default=16, gt=0)
-    """Tokens a block of that memory holds."""
+    block_tokens: int = Field(default=256, gt=1)
+    """Tokens a block of that memory holds; what later prompts begin with is found again in whole blocks."""
+    prefix_cache: bool = True
+    """Keep what was read, prompts and replies, for later prompts that begin with it."""
 
 
 class ServeConfig(EngineConfig):
     """One server: a policy, where it listens, and how much it takes at once."""
 
     weights: str
-    """Folder of the weights, in Hugging Face format."""
+    """Folder of the weights, in Hugging Face format or a checkpoint of ours, whatever its layout."""
+    engine: Literal["megatron", "nemo", "nemo_http"] = "megatron"
+    """What samples: Megatron-Core's own engine; NeMo's deployable over a checkpoint of Megatron-Bridge (needs a GPU);
+    NeMo's stock server, whose replies hold no ids: for evaluation only."""
+    layout: LayoutConfig = LayoutConfig()
+    """How the processes divide the model; what is left over are replicas."""
+    tokenizer: str | None = None
+    """File or folder; needed for chat, for prompts that are text, and for stop strings."""
+    routes: bool = False
+    """Record which experts each token went to, for requests that ask for it."""
     name: str = "policy"
     """What the server calls its model."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication: another than loopback is open to whoever reaches it."""
+    """Address to listen on; another than loopback is open to whoever reaches it, but for the token."""
     port: int = Field(default=0, ge=0, le=65535)
     """0: any free one; the line on stdout says which."""
     policy_epoch: int = Field(default=0, ge=0)
     """Stamped on every reply: which policy it is from."""
     seed: int = 0
-    """Of the sampling."""
+    """Of requests that bring none."""
+    token_file: str | None = None
+    """Its first line is the bearer token that every request but /health must bring."""
+    max_body_mib: float = Field(default=16, gt=0)
+    """Larger requests are answered with 413."""
+    body_seconds: float = Field(default=30, gt=0)
+    """A request must have arrived within so long; else 408."""
     drain_seconds: int = Field(default=5, ge=0)
     """When stopped, how long requests in flight may take to finish."""

@@ -11,6 +11,7 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
 import torch
+from megatron.core.inference import communication_utils
 from megatron.core.inference.contexts import dynamic_context
 from megatron.core.transformer import attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,6 +28,7 @@ def install() -> None:
     _memory_figures()
     _attention()
     _cache_writes()
+    _stages()
 
 
 def _memory_figures() -> None:
@@ -44,6 +46,11 @@ def _attention() -> None:
 def _cache_writes() -> None:
     """triton can be imported next to a CUDA build of torch, and then a kernel of its would be taken."""
     dynamic_context.triton_append_key_value_cache = None
+
+
+def _stages() -> None:
+    """What stages of a pipeline exchange is checked to be on the device."""
+    communication_utils._is_cuda = lambda tensor: None
 
 
 def _varlen_attention(

@@ -1,57 +1,118 @@
-"""Weights in Hugging Face format -> Megatron-Core's dynamic inference engine, asked one prompt at a time.
+"""The policy as an asyncio object on rank 0: requests in, tokens out, in whatever event loop asks.
 
-The engine is Megatron's (paged cache, continuous batching); here it gets a thread, in which it steps as long as there
-is work, and requests from any event loop are handed over to it. Log-probabilities are those of the distribution that
-was sampled from (after temperature, top_k, top_p). One process; the model is not divided.
+The rounds (lockstep.py) run in a thread of their own, on every rank; this rank's thread decides what the next one
+holds. Everything of torch happens in it, process groups included.
 
-    who waits        for whom        ended by
-    generate         the engine      its completion; the engine's failure or `stop`: EngineStopped
-    stop             the thread      at most one step of the engine
+    who waits        for whom           ended by
+    stream           the rounds         the last token; its caller, who leaves; the engine's end: EngineStopped
+    refit            the next round     the weights being in place, or RefitRefused
+    stop             the thread         at most one step
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
-from megatron.core.inference.apis import MegatronLLM, SamplingParams
-from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.inference_request import Status
+from torch import distributed
 
 from megatron_klong.config import ConfigError
 from megatron_klong.model.build import build_model
-from megatron_klong.model.config import LayoutConfig, ModelConfig
-from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
-from megatron_klong.serve import cpu
+from megatron_klong.serve import cpu, refit
 from megatron_klong.serve.config import ServeConfig
-from megatron_klong.serve.protocol import Completion, CompletionRequest, EngineStopped
+from megatron_klong.serve.interface import Load, Progress
+from megatron_klong.serve.lockstep import HEARTBEAT_SECONDS, Arrival, Lockstep, Outcome, Round
+from megatron_klong.serve.protocol import (
+    Completion,
+    CompletionRequest,
+    DeadlinePassed,
+    EngineStopped,
+    FinishReason,
+    RefitRefused,
+    RefitReply,
+    RefitRequest,
+)
+from megatron_klong.serve.replica import Replica
+from megatron_klong.serve.stop_strings import StopStrings
+from megatron_klong.trajectory.tokenizer import Tokenizer
 
-_NO_TOKEN = -1
+_MEASURE_SECONDS = 1.0
+
+
+@dataclass(kw_only=True, eq=False)
+class _Flight:
+    """A request on its way. `parts` belongs to the event loop of its caller, all else to the engine's thread."""
+
+    number: int
+    request: CompletionRequest
+    streamed: bool
+    loop: asyncio.AbstractEventLoop
+    deadline: float | None
+    stop_strings: StopStrings | None
+    replica: int = 0
+    parts: "asyncio.Queue[Progress | Completion | BaseException]" = field(default_factory=asyncio.Queue)
+    held: list[Progress] = field(default_factory=list)
+
+    def stopped_by(self, part: Progress) -> bool:
+        """Whether a stop token or a stop string ends the reply with this part."""
+        by_token = bool(part.ids) and part.ids[-1] in self.request.stop_token_ids
+        return by_token or (self.stop_strings is not None and self.stop_strings.hit(part.ids))
+
+    def completion(self, reason: FinishReason) -> Completion:
+        last = self.held[-1]
+        return Completion(
+            prompt_token_ids=self.request.prompt_token_ids,
+            generation_token_ids=tuple(token for part in self.held for token in part.ids),
+            generation_log_probs=tuple(value for part in self.held for value in part.log_probs),
+            top_log_probs=tuple(top for part in self.held for top in part.top_log_probs),
+            finish_reason=reason,
+            policy_epoch=last.policy_epoch,
+            kv_cache_epoch=last.kv_cache_epoch,
+            num_evictions=last.evictions,
+            cached_tokens=last.cached_tokens,
+            moe_topk_indices=last.routes,
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class _Refit:
+    request: RefitRequest
+    done: "asyncio.Future[RefitReply]"
+    loop: asyncio.AbstractEventLoop
 
 
 class MegatronEngine:
     """A policy that can be sampled from. `start` loads it, `stop` ends it for good."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, tokenizer: Tokenizer | None = None) -> None:
         self._config = config
-        self.model_config = ModelConfig.from_hugging_face(config.weights)
+        self._tokenizer = tokenizer
+        self.model_config = refit.model_config(Path(config.weights))
         self.vocabulary_size = self.model_config.vocab_size
+        self.policy_epoch = config.policy_epoch
+        self.exact_tokens = True
+        self.loads: Sequence[Load] = []
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
-        self._stopping = asyncio.Event()
-        self._work = asyncio.Event()
-        self._engine: Any = None
+        self._news = asyncio.Event()
+        self._stopping = False
+        self._arrived: deque[_Flight] = deque()
+        self._left: deque[_Flight] = deque()
+        self._refits: deque[_Refit] = deque()
+        self._flights: dict[int, _Flight] = {}
+        self._measured = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -62,148 +123,270 @@ class MegatronEngine:
             raise self.failure
 
     def stop(self) -> None:
-        """End the engine; what is in flight raises EngineStopped. Idempotent."""
+        """End the engine on all ranks; what is in flight raises EngineStopped. Idempotent."""
+
+        def stop() -> None:
+            self._stopping = True
+            self._news.set()
+
         with contextlib.suppress(RuntimeError):  # it has ended by itself: its loop is closed, or never began
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._loop.call_soon_threadsafe(stop)
         if self._thread.is_alive():
             self._thread.join()
 
-    async def generate(self, request: CompletionRequest) -> Completion:
-        """Sample one reply; callable from any event loop. Raises EngineStopped."""
-        if not self._thread.is_alive() or self.failure is not None:
-            raise EngineStopped(f"the engine has ended: {self.failure or 'it was stopped'}")
-        coroutine = self._generate(request)
-        try:
-            handed_over = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        except RuntimeError as error:  # its loop was closed just now
-            coroutine.close()
-            raise EngineStopped("the engine has ended") from error
-        try:
-            return await asyncio.wrap_future(handed_over)
-        except (asyncio.CancelledError, concurrent.futures.CancelledError):
-            if handed_over.cancelled() and not self._caller_cancelled():
-                raise EngineStopped(f"the engine ended meanwhile: {self.failure or 'it was stopped'}") from None
-            raise
+    def follow(self) -> None:
+        """On another rank than 0, in place of all else: take part until rank 0 stops."""
 
-    @staticmethod
-    def _caller_cancelled() -> bool:
-        task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
+        async def follow() -> None:
+            await self._load().follow()
 
-    async def _generate(self, request: CompletionRequest) -> Completion:
-        future = self._engine.add_request(
-            next(self._numbers), list(request.prompt_token_ids), _sampling_parameters(request)
-        )
-        self._work.set()
-        # shielded: the engine sets a result even if nobody waits any more, which a cancelled future refuses
-        record = (await asyncio.shield(future)).merge()
-        if record.status == Status.FAILED:
-            raise RuntimeError(f"the engine refused a request: {[event.payload for event in record.events]}")
-        generated = tuple(int(identifier) for identifier in record.generated_tokens)
-        stopped = bool(generated) and generated[-1] in request.stop_token_ids
-        return Completion(
-            prompt_token_ids=request.prompt_token_ids,
-            generation_token_ids=generated,
-            generation_log_probs=tuple(float(value) for value in record.generated_log_probs or ()),
-            finish_reason="stop" if stopped else "length",
-            policy_epoch=tuple((int(index), int(epoch)) for index, epoch in record.policy_epoch or ()),
-        )
-
-    def _run(self) -> None:
-        """The thread: everything of torch happens here, process groups included."""
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._serve())
-        except BaseException as error:  # kept, so that whoever asks next is told
-            self.failure = error
-            if self.on_failure is not None:
-                self.on_failure()
+            self._loop.run_until_complete(follow())
         finally:
-            self._ready.set()
-            for task in asyncio.all_tasks(self._loop):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.sleep(0))
-            self._loop.close()
             destroy()
 
-    async def _serve(self) -> None:
-        self._engine = load(self._config, self.model_config)
-        stepping = asyncio.ensure_future(self._step())
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        self._ready.set()
-        await asyncio.wait({stepping, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if stepping.done():
-            stepping.result()  # raises what ended it
+    async def generate(self, request: CompletionRequest) -> Completion:
+        """Sample one reply. Raises EngineStopped, DeadlinePassed."""
+        async with contextlib.aclosing(self._parts(request, streamed=False)) as parts:
+            async for part in parts:
+                if isinstance(part, Completion):
+                    return part
+        raise AssertionError("unreachable")
 
-    async def _step(self) -> None:
-        """Megatron's `run_engine` without its handling of faults, which is to exit."""
-        while True:
-            await self._work.wait()
-            self._work.clear()
-            while self._engine.has_unfinished_requests():
-                await self._engine.async_step()
-                await asyncio.sleep(0)  # requests that came meanwhile are taken up between steps
+    def stream(self, request: CompletionRequest) -> AsyncGenerator[Progress | Completion]:
+        """Token by token, and at last the whole. Closed before that (`aclosing`), the request is ended."""
+        return self._parts(request, streamed=True)
 
+    async def refit(self, request: RefitRequest) -> RefitReply:
+        """Replace the weights between two steps. Raises RefitRefused (the old ones are served on), EngineStopped."""
+        loop = asyncio.get_running_loop()
+        asked = _Refit(request=request, done=loop.create_future(), loop=loop)
+        self._tell(self._refits.append, asked)
+        return await asked.done
 
-def load(config: ServeConfig, model_config: ModelConfig) -> Any:
-    """Process groups, model, weights, and Megatron's engine around them."""
-    cpu.install()
-    layout = LayoutConfig()
-    initialize(layout, seed=config.seed)
-    model = build_model(model_config, layout, precision=config.precision)
-    load_hugging_face([model], model_config, Path(config.weights))
-    model.config.inference_sampling_seed = config.seed
-    context = InferenceConfig(
-        block_size_tokens=config.block_tokens,
-        buffer_size_gb=config.kv_cache_gib,
-        max_sequence_length=config.max_sequence_length,
-        max_requests=config.max_requests,
-        max_tokens=config.step_tokens,
-        enable_chunked_prefill=True,  # else a prompt longer than one step is refused
-        materialize_only_last_token_logits=True,
-        logprobs_mode="processed_logprobs",
-    )
-    engine = MegatronLLM(
-        model=model.eval(), tokenizer=_NoText(), inference_config=context, use_coordinator=False
-    ).engine
-    engine._generation_epoch = config.policy_epoch
-    places = (engine.context.kv_block_allocator.total_count - 1) * config.block_tokens  # a block is set aside
-    if places < config.max_sequence_length:
-        raise ConfigError(
-            f"kv_cache_gib {config.kv_cache_gib} holds {places} tokens, less than one request of max_sequence_length "
-            f"{config.max_sequence_length}; raise the one or lower the other"
+    async def _parts(self, request: CompletionRequest, *, streamed: bool) -> AsyncGenerator[Progress | Completion]:
+        seconds = request.deadline_seconds
+        flight = _Flight(
+            number=next(self._numbers),
+            request=request,
+            streamed=streamed,
+            loop=asyncio.get_running_loop(),
+            deadline=None if seconds is None else time.monotonic() + seconds,
+            stop_strings=StopStrings(request.stop, self._tokenizer) if request.stop and self._tokenizer else None,
         )
-    return engine
+        self._tell(self._arrived.append, flight)
+        part: Progress | Completion | BaseException | None = None
+        try:
+            while not isinstance(part, Completion):
+                part = await flight.parts.get()
+                if isinstance(part, BaseException):
+                    raise part
+                yield part
+        finally:
+            if not isinstance(part, Completion | BaseException):
+                with contextlib.suppress(EngineStopped):
+                    self._tell(self._left.append, flight)
+
+    def _tell[Told](self, take: Callable[[Told], None], told: Told) -> None:
+        """Hand something to the engine's thread. Raises EngineStopped."""
+
+        def taken() -> None:
+            take(told)
+            self._news.set()
+
+        try:
+            if self.failure is not None or not self._thread.is_alive():
+                raise RuntimeError
+            self._loop.call_soon_threadsafe(taken)
+        except RuntimeError:
+            raise self._stopped() from None
+
+    def _stopped(self) -> EngineStopped:
+        return EngineStopped(f"the engine has ended: {self.failure or 'it was stopped'}")
+
+    # what follows runs in the engine's thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._lead())
+        except BaseException as error:  # kept, so that whoever asks next is told
+            self.failure = error
+        finally:
+            self._loop.run_until_complete(asyncio.sleep(0))  # what was handed over just now
+            self._loop.close()
+            for flight in (*self._flights.values(), *self._arrived):
+                self._give(flight, self._stopped())
+            for asked in self._refits:
+                _settle(asked, self._stopped())
+            destroy()
+            self._ready.set()
+            if self.failure is not None and self.on_failure is not None:
+                self.on_failure()
+
+    def _load(self) -> Lockstep:
+        """Process groups, model, weights, and Megatron's engine around them; on every rank."""
+        config = self._config
+        cpu.install()
+        layout = config.layout
+        if layout.context_parallel > 1 or layout.virtual_pipeline_parallel > 1:
+            raise ConfigError("layout: context_parallel and virtual_pipeline_parallel are for training; leave them out")
+        initialize(layout, seed=config.seed)
+        model = build_model(
+            self.model_config, layout, precision=config.precision, initialize_weights=False, routes=config.routes
+        )
+        refit.load(model, self.model_config, Path(config.weights))
+        # the other way for experts needs memory that several GPUs share
+        model.config.inference_moe_token_dispatcher_type = "nccl"
+        return Lockstep(Replica(model.eval(), self.model_config, config))
+
+    async def _lead(self) -> None:
+        lockstep = self._load()
+        if distributed.get_rank() != 0:
+            raise ConfigError("rank 0 leads; the others follow()")
+        self._ready.set()
+        idle = False
+        while not self._stopping:
+            round_ = self._next(lockstep.replicas)
+            outcome = await lockstep.lead(round_)
+            if round_.weights is not None:
+                self._refitted(round_, outcome)
+            self._spread(outcome)
+            await asyncio.sleep(0)
+            if self._flights or self._arrived or self._refits:
+                idle = False
+            elif idle:  # one round without work, so that what is counted is up to date
+                await self._wait()
+            else:
+                idle = True
+        await lockstep.lead(Round(stop=True))
+
+    async def _wait(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), HEARTBEAT_SECONDS)
+        self._news.clear()
+
+    def _next(self, replicas: int) -> Round:
+        """What everybody does next, from what callers asked since."""
+        end = [flight.number for flight in self._ended()]
+        self._refuse_older()
+        refit_now = self._refits[0].request if self._refits else None
+        if refit_now is not None and refit_now.in_flight == "finish" and self._flights:
+            refit_now = None  # until they have, nothing new is taken up
+        arrivals = [] if self._refits else [self._taken_up(flight, replicas) for flight in self._arrived]
+        if arrivals:
+            self._arrived.clear()
+        now = time.monotonic()
+        measure = now - self._measured >= _MEASURE_SECONDS or not self._flights
+        self._measured = now if measure else self._measured
+        return Round(
+            weights=refit_now.weights if refit_now else None,
+            policy_epoch=self._epoch_of(refit_now) if refit_now else 0,
+            end=end,
+            add=arrivals,
+            step=bool(self._flights) and not refit_now,
+            measure=measure,
+        )
+
+    def _refuse_older(self) -> None:
+        while self._refits and (wanted := self._epoch_of(self._refits[0].request)) <= self.policy_epoch:
+            fault = (
+                f"policy_epoch {wanted} is not above {self.policy_epoch}, which is served; count on, or leave it out"
+            )
+            _settle(self._refits.popleft(), RefitRefused(fault))
+
+    def _epoch_of(self, asked: RefitRequest) -> int:
+        return self.policy_epoch + 1 if asked.policy_epoch is None else asked.policy_epoch
+
+    def _ended(self) -> list[_Flight]:
+        """Flights whose callers left or whose time is over; they are no flights any more."""
+        now = time.monotonic()
+        for flight in (*self._flights.values(), *self._arrived):
+            if flight.deadline is not None and now > flight.deadline:
+                self._give(flight, flight.completion("deadline") if flight.held else DeadlinePassed(_too_late(flight)))
+                self._left.append(flight)
+        ended = [flight for flight in self._left if self._flights.pop(flight.number, None)]
+        for flight in self._left:
+            with contextlib.suppress(ValueError):  # callers add to this very deque, so it is never another one
+                self._arrived.remove(flight)
+        self._left.clear()
+        return ended
+
+    def _taken_up(self, flight: _Flight, replicas: int) -> Arrival:
+        flight.replica = self._replica_for(flight.request, replicas)
+        self._flights[flight.number] = flight
+        seed = flight.request.seed
+        if seed is None:  # another one for each, and the same in a run with the same requests in the same order
+            seed = (self._config.seed << 32) + flight.number
+        return Arrival(number=flight.number, replica=flight.replica, request=flight.request, seed=seed)
+
+    def _replica_for(self, request: CompletionRequest, replicas: int) -> int:
+        """Where an episode's cache is, if its requests say which is theirs; else where least is going on."""
+        if replicas == 1:
+            return 0
+        if request.prompt_cache_key is not None:
+            return sum(request.prompt_cache_key.encode()) % replicas
+        busy = [0] * replicas
+        for flight in self._flights.values():
+            busy[flight.replica] += 1
+        return busy.index(min(busy))
+
+    def _spread(self, outcome: Outcome) -> None:
+        """Give callers what is theirs."""
+        for part in outcome.progress:
+            flight = self._flights.get(part.number)
+            if flight is None:
+                continue
+            flight.held.append(part)
+            if part.error is not None:
+                self._finish(flight, RuntimeError(f"the engine refused a request: {part.error}"))
+                continue
+            stopped = flight.stopped_by(part)
+            if flight.streamed and part.ids:
+                self._give(flight, part)
+            if part.finished:
+                self._finish(flight, flight.completion("stop" if stopped else "length"))
+            elif stopped:
+                self._left.append(flight)
+                self._give(flight, flight.completion("stop"))
+        if outcome.loads:
+            self.loads = outcome.loads
+
+    def _refitted(self, round_: Round, outcome: Outcome) -> None:
+        asked = self._refits.popleft()
+        if outcome.fault is not None:
+            _settle(asked, RefitRefused(f"policy {self.policy_epoch} is served on: {outcome.fault}"))
+            return
+        self.policy_epoch = round_.policy_epoch
+        _settle(asked, RefitReply(policy_epoch=self.policy_epoch, seconds=outcome.seconds))
+
+    def _finish(self, flight: _Flight, *results: Progress | Completion | BaseException) -> None:
+        del self._flights[flight.number]
+        self._give(flight, *results)
+
+    @staticmethod
+    def _give(flight: _Flight, *results: Progress | Completion | BaseException) -> None:
+        def give() -> None:
+            for result in results:
+                flight.parts.put_nowait(result)
+
+        with contextlib.suppress(RuntimeError):  # the caller's loop has ended
+            flight.loop.call_soon_threadsafe(give)
 
 
-class _NoText:
-    """The tokenizer that the engine asks: here only ids go in and out, and its text is not looked at.
-
-    It takes stop sequences as text, so stop tokens are handed to it as the digits of their ids.
-    """
-
-    eod = _NO_TOKEN
-    bos = _NO_TOKEN
-
-    def tokenize(self, text: str) -> list[int]:
-        return [int(text)]
-
-    def detokenize(self, ids: Any, **options: Any) -> str:
-        return ""
+def _too_late(flight: _Flight) -> str:
+    return f"deadline_seconds {flight.request.deadline_seconds} passed before a token was sampled"
 
 
-def _sampling_parameters(request: CompletionRequest) -> SamplingParams:
-    greedy = request.temperature == 0
-    first, *others = (*request.stop_token_ids, _NO_TOKEN)
-    return SamplingParams(
-        temperature=1.0 if greedy else request.temperature,
-        top_k=1 if greedy else request.top_k,
-        top_p=0.0 if greedy or request.top_p == 1 else request.top_p,  # 0: off
-        return_log_probs=True,
-        skip_prompt_log_probs=True,
-        num_tokens_to_generate=request.max_tokens,
-        # a stop sequence costs one more step than the termination token, but of that there is one
-        termination_id=first,
-        stop_words=[str(identifier) for identifier in others if identifier != _NO_TOKEN] or None,
-        detokenize_stop_sequence=True,  # keeps the stop token among the ids
-    )
+def _settle(asked: _Refit, result: RefitReply | BaseException) -> None:
+    def settle() -> None:
+        if asked.done.done():
+            return
+        if isinstance(result, BaseException):
+            asked.done.set_exception(result)
+        else:
+            asked.done.set_result(result)
+
+    with contextlib.suppress(RuntimeError):
+        asked.loop.call_soon_threadsafe(settle)

@@ -11,8 +11,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
+REFIT = "/v1/refit"
 HEALTH = "/health"
+METRICS = "/metrics"
+
+type FinishReason = Literal["stop", "length", "deadline"]
 
 
 class ProtocolError(ValueError):
@@ -27,13 +32,26 @@ class EngineStopped(RuntimeError):
     """The engine has ended, and with it what it was asked."""
 
 
-class _Message(BaseModel):
+class DeadlinePassed(RuntimeError):
+    """The time a request had was over before anything was sampled."""
+
+
+class RefitRefused(RuntimeError):
+    """New weights were not taken; the old ones are served on. The message says why."""
+
+
+class WireMessage(BaseModel):
+    """Something that goes over the wire."""
+
     # fields of others (usage, text, logprobs) are no error: the wire format is shared with other programs
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class CompletionRequest(_Message):
-    """A prompt and how to go on from it. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 take all."""
+class CompletionRequest(WireMessage):
+    """A prompt and how to go on from it. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 take all.
+
+    With both, top_p is of what top_k leaves.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -44,42 +62,54 @@ class CompletionRequest(_Message):
     top_k: int = Field(default=0, ge=0)
     stop_token_ids: tuple[int, ...] = ()
     """The first of them that is sampled ends the reply, as its last id."""
+    stop: tuple[str, ...] = Field(default=(), max_length=16)
+    """The reply ends with the id that completes one of these strings; the server needs a tokenizer."""
     seed: int | None = None
+    """With it the same prompt gives the same ids from the same weights, whatever else the server does."""
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Also the likeliest so many ids at each place."""
+    deadline_seconds: float | None = Field(default=None, gt=0)
+    """After so long the reply ends with what it has."""
+    policy_epoch_at_least: int | None = None
+    """Refused by a server whose policy is older."""
+    routes: bool = False
+    """Also which experts each token went to."""
+    prompt_cache_key: str | None = None
+    """Which episode the request belongs to: those of one key go where its cache is."""
 
     @model_validator(mode="after")
-    def _one_filter(self) -> Self:
-        if self.top_k and self.top_p < 1:
-            raise ValueError("top_k and top_p together are not implemented by the engine; give one of them")
+    def _stop_strings(self) -> Self:
+        if not all(self.stop):
+            raise ValueError("stop: an empty string ends nothing; leave it out")
         return self
 
     def to_wire(self) -> dict[str, Any]:
         """The body of a POST."""
-        fields = self.model_dump(mode="json", exclude={"prompt_token_ids"}, exclude_none=True)
+        fields = self.model_dump(mode="json", exclude={"prompt_token_ids"}, exclude_defaults=True)
         return {"prompt": list(self.prompt_token_ids), "logprobs": 0, **fields}
 
-    @classmethod
-    def from_wire(cls, body: Any) -> Self:
-        """Read a body. Raises ProtocolError, naming the field."""
-        if not isinstance(body, dict):
-            raise ProtocolError("the body is no JSON object")
-        fields = {name: value for name, value in body.items() if name not in ("prompt", "logprobs", "model")}
-        prompt = body.get("prompt")
-        if not isinstance(prompt, list) or not all(type(identifier) is int for identifier in prompt):
-            raise ProtocolError("prompt: a list of token ids is needed; text is not encoded here")
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return _validated(cls, {**fields, **lists, "prompt_token_ids": tuple(prompt)})
 
-
-class Completion(_Message):
+class Completion(WireMessage):
     """What was sampled. The stop token, if one was sampled, is the last id."""
 
     prompt_token_ids: tuple[int, ...]
     generation_token_ids: tuple[int, ...] = Field(min_length=1)
     generation_log_probs: tuple[float, ...]
-    """Of each id under the distribution it was drawn from, that is after temperature, top_k and top_p."""
-    finish_reason: Literal["stop", "length"]
+    """Of each id under the distribution it was drawn from, that is after temperature, top_k and top_p; of a greedy
+    reply those of the model at temperature 1."""
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each id, if asked for, the likeliest ids with theirs."""
+    finish_reason: FinishReason
     policy_epoch: tuple[tuple[int, int], ...] = ()
-    """(index of a token, policy from there on), counted over prompt and reply."""
+    """(index of a token, policy that sampled from there on), counted over prompt and reply."""
+    kv_cache_epoch: tuple[tuple[int, int], ...] = ()
+    """(index of a token, policy that read from there on)."""
+    num_evictions: int = 0
+    """How often it lost its place in the cache and was read anew."""
+    cached_tokens: int = 0
+    """Of the prompt, that needed no reading."""
+    moe_topk_indices: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    """[tokens - 1][expert layer][experts a token] of prompt and reply, if asked for and recorded throughout."""
 
     @model_validator(mode="after")
     def _a_log_probability_each(self) -> Self:
@@ -90,34 +120,52 @@ class Completion(_Message):
             raise ValueError("a log-probability is above 0 or not finite")
         return self
 
-    def to_wire(self, *, model: str) -> dict[str, Any]:
-        """The body of a reply."""
-        prompt, generated = len(self.prompt_token_ids), len(self.generation_token_ids)
-        return {
-            "object": "text_completion",
-            "model": model,
-            "choices": [{"index": 0, "text": "", **self.model_dump(mode="json")}],
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": generated,
-                "total_tokens": prompt + generated,
-            },
-        }
+    def to_choice(self) -> dict[str, Any]:
+        """As a choice of a reply holds it."""
+        optional = {"moe_topk_indices"} if self.moe_topk_indices is None else set()
+        return self.model_dump(mode="json", exclude={"top_log_probs", *optional})
 
     @classmethod
     def from_wire(cls, body: Any) -> Self:
-        """Read a reply. Raises ReplyError unless it holds exactly one choice, with ids and log-probabilities."""
+        """Read a reply, not of chat. Raises ReplyError unless it has one choice, with ids and log-probabilities."""
         choices = body.get("choices") if isinstance(body, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise ReplyError("the reply does not hold exactly one choice")
         present = {name: value for name, value in choices[0].items() if value is not None}
         try:
-            return _validated(cls, present)
+            return validated(cls, present)
         except ProtocolError as error:
             raise ReplyError(str(error)) from None
 
 
-def _validated[Model: _Message](model: type[Model], fields: dict[str, Any]) -> Model:
+class RefitRequest(WireMessage):
+    """Other weights of the same architecture, in place of those that are served."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    weights: str
+    """A folder that every process of the server can read, in Hugging Face format or a checkpoint of ours."""
+    policy_epoch: int | None = None
+    """What the policy is called from then on; above what it was. None: one more."""
+    in_flight: Literal["continue", "finish"] = "continue"
+    """Whether requests in flight go on under the new weights, their context read anew, or are waited for."""
+
+    @classmethod
+    def from_wire(cls, body: Any) -> Self:
+        """Read a body. Raises ProtocolError, naming the field."""
+        if not isinstance(body, dict):
+            raise ProtocolError("the body is no JSON object")
+        return validated(cls, body)
+
+
+class RefitReply(WireMessage):
+    """seconds: how long no token was sampled."""
+
+    policy_epoch: int
+    seconds: float
+
+
+def validated[Model: WireMessage](model: type[Model], fields: dict[str, Any]) -> Model:
     try:
         return model.model_validate(fields)
     except ValidationError as error:

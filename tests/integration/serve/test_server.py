@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -17,9 +15,8 @@ import pytest
 import torch
 from inspect_ai.model import ChatMessage, ChatMessageUser, GenerateConfig, get_model
 
-from megatron_klong.model.presets import tiny
 from megatron_klong.serve.client import Client, ServerError
-from megatron_klong.serve.protocol import Completion, CompletionRequest
+from megatron_klong.serve.protocol import CompletionRequest
 from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.serve.turns import sha256_of_ids
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -28,59 +25,21 @@ from megatron_klong.trajectory.tokenizer import load_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from tests.conftest import REPOSITORY
 from tests.integration.model.launch import launch
+from tests.integration.serve.served import (
+    LIMIT,
+    TOLERANCE,
+    VOCABULARY,
+    Server,
+    assert_log_probabilities,
+    complete,
+    greedy,
+    log_probabilities,
+    prompts,
+    serving,
+)
 
 SCRIPT = Path(__file__).with_name("trainer_log_probs.py")
-
-LIMIT = 192
-VOCABULARY = 320
-TOLERANCE = 1e-4
 ASSISTANT = Message(role=Role.ASSISTANT)
-
-
-@dataclass
-class Server:
-    url: str
-    process: subprocess.Popen[str]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights as transformers saves them, far from uniform so that an error would show."""
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-    fields = {name: value for name, value in tiny(VOCABULARY).to_hugging_face().items() if name != "model_type"}
-    torch.manual_seed(0)
-    model = Glm4MoeForCausalLM(Glm4MoeConfig(**fields))
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(torch.randn_like(parameter) * 0.1 + ("norm" in name))
-    folder: Path = tmp_path_factory.mktemp("weights")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(weights: Path) -> torch.nn.Module:
-    from transformers import Glm4MoeForCausalLM
-
-    return Glm4MoeForCausalLM.from_pretrained(weights).eval()
-
-
-@contextmanager
-def serving(weights: Path, *options: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "megatron_klong.serve", "--weights", str(weights)]
-    command += ["--max_sequence_length", str(LIMIT), *options]
-    # one thread: the machine has other tests to run
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, process.communicate()[1][-4000:]
-            yield Server(url=json.loads(line)["url"], process=process)
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -91,50 +50,16 @@ def server(weights: Path) -> Iterator[Server]:
         yield running
 
 
-def prompts(*lengths: int) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(1)
-    return [tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths]
-
-
-def complete(server: Server, requests: Sequence[CompletionRequest]) -> list[Completion]:
-    """All at once; the replies in the order of the requests."""
-    found: dict[int, Completion] = {}
-
-    async def run() -> None:
-        async with Client(server.url) as client, anyio.create_task_group() as group:
-
-            async def one(number: int) -> None:
-                found[number] = await client.complete(requests[number])
-
-            for number in range(len(requests)):
-                group.start_soon(one, number)
-
-    anyio.run(run)
-    return [found[number] for number in range(len(requests))]
-
-
-def log_probabilities(reference: torch.nn.Module, completion: Completion, temperature: float) -> torch.Tensor:
-    prompt = len(completion.prompt_token_ids)
-    ids = torch.tensor([[*completion.prompt_token_ids, *completion.generation_token_ids]])
-    with torch.no_grad():
-        logits = reference(ids).logits[0, prompt - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(-1, ids[0, prompt:, None])[:, 0]
-
-
 def test_greedy_ids_are_those_of_transformers(server: Server, reference: torch.nn.Module) -> None:
     requests = [
         CompletionRequest(prompt_token_ids=prompt, max_tokens=24, temperature=0.0) for prompt in prompts(1, 9, 70, 150)
     ]
     for request, completion in zip(requests, complete(server, requests), strict=True):
-        prompt = torch.tensor([request.prompt_token_ids])
-        expected = reference.generate(
-            prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=prompt >= 0
-        )
-        assert list(completion.generation_token_ids) == expected[0, prompt.shape[1] :].tolist()
+        assert list(completion.generation_token_ids) == greedy(reference, request.prompt_token_ids, 24)
         assert completion.finish_reason == "length"
         assert completion.policy_epoch == ((0, 5),)
-        # of the distribution that was sampled from, which leaves the likeliest token only
-        assert completion.generation_log_probs == (0.0,) * 24
+        # nothing was drawn: those of the model as it is
+        assert_log_probabilities(reference, completion)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -148,8 +73,7 @@ def test_many_requests_at_once_have_exact_log_probabilities(
     ]
     completions = complete(server, requests)
     for request, completion in zip(requests, completions, strict=True):
-        expected = log_probabilities(reference, completion, temperature)
-        torch.testing.assert_close(torch.tensor(completion.generation_log_probs), expected, atol=TOLERANCE, rtol=0)
+        assert_log_probabilities(reference, completion, temperature)
         ids = completion.generation_token_ids
         assert not set(ids[:-1]) & set(stop)
         if completion.finish_reason == "stop":

@@ -1,0 +1,120 @@
+"""`/v1/completions`: prompts of token ids (or text) in, sampled ids out, under Megatron's field names and OpenAI's."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from megatron_klong.serve.interface import Progress
+from megatron_klong.serve.prompts import STOP_TOKENS
+from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError
+from megatron_klong.serve.stop_strings import cut
+from megatron_klong.serve.wire import DEFAULT_MAX_TOKENS, Asked, Delivery, read_asked
+from megatron_klong.trajectory.sampled import decode
+from megatron_klong.trajectory.tokenizer import Tokenizer
+
+_PROMPT = ("prompt",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextCompletions:
+    """The requests of one body, and how their replies are written."""
+
+    requests: Sequence[CompletionRequest]
+    delivery: Delivery
+    model: str
+    tokenizer: Tokenizer | None
+    id: str
+    created: int
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], *, model: str, tokenizer: Tokenizer | None) -> "TextCompletions":
+        """Raises ProtocolError, naming the field."""
+        asked = read_asked(body, prompt_fields=_PROMPT)
+        prompts, is_text = _prompts(body.get("prompt"), tokenizer)
+        if is_text and tokenizer is not None and "stop_token_ids" not in asked.sampling:
+            stops = tuple(tokenizer.control[token] for token in STOP_TOKENS)
+            asked = asked.model_copy(update={"sampling": {**asked.sampling, "stop_token_ids": stops}})
+        one_each = [asked.request(prompt, max_tokens=DEFAULT_MAX_TOKENS) for prompt in prompts]
+        return cls(
+            requests=[copy for request in one_each for copy in copies(request, asked)],
+            delivery=asked.delivery,
+            model=model,
+            tokenizer=tokenizer,
+            id=f"cmpl-{uuid4().hex}",
+            created=int(time.time()),
+        )
+
+    def reply(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The body of a whole reply."""
+        choices = [self._choice(place, completion) for place, completion in enumerate(completions)]
+        return {**self._head(), "choices": choices, "usage": usage(completions)}
+
+    def chunk(self, place: int, part: Progress | Completion) -> dict[str, Any]:
+        """What one piece of a streamed reply is written as; the text of all pieces is that of the whole reply."""
+        if isinstance(part, Completion):
+            return {**self._head(), "choices": [{**self._choice(place, part), "text": ""}]}
+        text = decode(self.tokenizer, part.ids) if self.tokenizer else ""
+        ids = {"generation_token_ids": list(part.ids), "generation_log_probs": list(part.log_probs)}
+        return {**self._head(), "choices": [{"index": place, "text": text, "finish_reason": None, **ids}]}
+
+    def usage_chunk(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        return {**self._head(), "choices": [], "usage": usage(completions)}
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _choice(self, place: int, completion: Completion) -> dict[str, Any]:
+        text, written = "", self.requests[place].stop
+        if self.tokenizer is not None:
+            stopped = completion.finish_reason == "stop" and completion.generation_token_ids[-1] in (
+                self.requests[place].stop_token_ids
+            )
+            ids = completion.generation_token_ids
+            text = cut(decode(self.tokenizer, ids[:-1] if stopped else ids), written)
+        logprobs = None
+        if self.delivery.top_logprobs is not None:
+            logprobs = self._logprobs(completion)
+        return {"index": place, "text": text, "logprobs": logprobs, **completion.to_choice()}
+
+    def _logprobs(self, completion: Completion) -> dict[str, Any]:
+        names = [self._name(token) for token in completion.generation_token_ids]
+        top = [{self._name(token): value for token, value in one} for one in completion.top_log_probs]
+        return {"tokens": names, "token_logprobs": list(completion.generation_log_probs), "top_logprobs": top or None}
+
+    def _name(self, token: int) -> str:
+        return decode(self.tokenizer, [token]) if self.tokenizer else str(token)
+
+
+def copies(request: CompletionRequest, asked: Asked) -> list[CompletionRequest]:
+    """As many as are asked for; a seed is the first one's, the others count on."""
+    if request.seed is None:
+        return [request] * asked.delivery.n
+    return [request.model_copy(update={"seed": request.seed + number}) for number in range(asked.delivery.n)]
+
+
+def usage(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Counted in tokens; of several replies to one prompt each has read it."""
+    prompt = sum(len(completion.prompt_token_ids) for completion in completions)
+    generated = sum(len(completion.generation_token_ids) for completion in completions)
+    cached = sum(completion.cached_tokens for completion in completions)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def _prompts(given: Any, tokenizer: Tokenizer | None) -> tuple[list[list[int]], bool]:
+    """One prompt or several, each as ids; and whether they were text."""
+    several = given if isinstance(given, list) and given and isinstance(given[0], list | str) else [given]
+    if all(isinstance(prompt, str) for prompt in several):
+        if tokenizer is None:
+            raise ProtocolError("prompt: this server has no tokenizer; send token ids, or start it with --tokenizer")
+        return [tokenizer.encode(prompt) for prompt in several], True
+    for prompt in several:
+        if not isinstance(prompt, list) or not all(type(identifier) is int for identifier in prompt):
+            raise ProtocolError("prompt: a list of token ids, a text, or a list of one of these is needed")
+    return several, False

@@ -1,0 +1,87 @@
+"""New weights into a model that is being served: all of them on every process, or none.
+
+Always (tests/integration/serve/test_refit.py): what goes wrong on one process, before, while or after it reads, leaves
+every process with the weights it had, bit for bit.
+"""
+
+import megatron_klong.model.megatron_ready  # noqa: F401
+
+# isort: split
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.resharding.refit import swap_model_weights
+from torch import distributed
+
+from megatron_klong.config import ConfigError
+from megatron_klong.model.checkpoint_folder import MANIFEST, CheckpointError, read_checkpoint
+from megatron_klong.model.config import ModelConfig
+from megatron_klong.model.hugging_face import WeightsError, load_hugging_face
+from megatron_klong.model.load_megatron import load_megatron
+
+
+class RefitError(RuntimeError):
+    """The weights were not replaced; the old ones are in place."""
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """Of a folder in Hugging Face format, or of a checkpoint of ours. Raises ConfigError, CheckpointError."""
+    return read_checkpoint(folder).model if _is_checkpoint(folder) else ModelConfig.from_hugging_face(folder)
+
+
+def load(model: GPTModel, config: ModelConfig, folder: Path) -> None:
+    """Fill the model from either format; all processes call this. Raises WeightsError, CheckpointError."""
+    if _is_checkpoint(folder):
+        load_megatron([model], config, folder)
+    else:
+        load_hugging_face([model], config, folder)
+
+
+def replace_from_folder(model: GPTModel, config: ModelConfig, folder: Path, *, group: Any) -> None:
+    """Read other weights of the same architecture; all processes call this. Raises RefitError on each of them."""
+
+    def read() -> None:
+        if difference := model_config(folder).difference(config):
+            raise WeightsError(f"{folder}: of another model than the one served ({difference})")
+        load(model, config, folder)
+
+    _all_or_nothing(model, read, group)
+
+
+def replace_from_model(model: GPTModel, source: GPTModel | None, *, group: Any) -> None:
+    """Take the weights of a model in the same process group, whatever its layout (Megatron's resharding).
+
+    All processes call this; source: the part this process holds, if it holds one. Raises RefitError on each of them.
+    """
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    _all_or_nothing(model, lambda: swap_model_weights(source, model, backend), group)
+
+
+@torch.no_grad()
+def _all_or_nothing(model: GPTModel, replace: Callable[[], None], group: Any) -> None:
+    state = [*model.parameters(), *model.buffers()]
+    held = [tensor.detach().to("cpu", copy=True) for tensor in state]
+    fault: str | None = None
+    try:
+        replace()
+        if not all(bool(tensor.isfinite().all()) for tensor in state if tensor.is_floating_point()):
+            fault = "the weights hold numbers that are not finite"
+    except (WeightsError, CheckpointError, ConfigError, OSError, RuntimeError, ValueError, AssertionError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    if faults := [found for found in _of_all(fault, group) if found is not None]:
+        for tensor, before in zip(state, held, strict=True):
+            tensor.copy_(before)
+        raise RefitError(faults[0])
+
+
+def _of_all(fault: str | None, group: Any) -> Sequence[str | None]:
+    found: list[str | None] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, fault, group=group)
+    return found
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()

@@ -1,0 +1,57 @@
+"""A script for two processes at TP2: what one of them fails at changes no weights on either; resharding changes all."""
+
+import sys
+from pathlib import Path
+
+import megatron_klong.model.megatron_ready  # noqa: F401
+
+# isort: split
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import distributed
+
+from megatron_klong.model.build import build_model
+from megatron_klong.model.config import LayoutConfig, ModelConfig
+from megatron_klong.model.hugging_face import load_hugging_face
+from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.serve import refit
+
+
+def main(weights: str, other: str) -> None:
+    config, layout = ModelConfig.from_hugging_face(weights), LayoutConfig(tensor_parallel=2)
+    initialize(layout, seed=0)
+    group = distributed.group.WORLD
+    served, source = build_model(config, layout), build_model(config, layout)
+    load_hugging_face([served], config, weights)
+    load_hugging_face([source], config, other)
+    before = state(served)
+
+    def fail_on_one() -> None:
+        for parameter in served.parameters():
+            parameter.data.zero_()
+        if distributed.get_rank() == 1:
+            raise OSError("the disk went away")
+
+    faults = []
+    try:
+        refit._all_or_nothing(served, fail_on_one, group)
+    except refit.RefitError as error:
+        faults.append(str(error))
+    assert faults == ["OSError: the disk went away"]
+    assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
+
+    refit.replace_from_model(served, source, group=group)
+    after = state(served)
+    assert all(torch.equal(now, wanted) for now, wanted in zip(after, state(source), strict=True))
+    assert not torch.equal(after[0], before[0])
+    refit.replace_from_folder(served, config, Path(weights), group=group)
+    assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
+    destroy()
+
+
+def state(model: GPTModel) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
