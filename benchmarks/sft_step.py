@@ -181,8 +181,8 @@ class Program:
         self._log = stack.enter_context(open_log(self.run, self.progress))
         self._feed = stack.enter_context(feed(self.run, self.progress))
 
-    def step(self) -> float:
-        """The loss."""
+    def step(self) -> tuple[float, int]:
+        """The loss, and of how many trained tokens it is the mean."""
         started = time.monotonic()
         given, self.waited = next(self._feed)
         result = train_step(self.run.training, given.batches, self.run.loss)
@@ -190,7 +190,7 @@ class Program:
         self.progress = advance(self.run, self.progress)
         self._log.write(self.progress.step, line)
         self.run.checkpoints.poll()
-        return result.loss
+        return result.loss, result.trained_tokens
 
     def save(self) -> None:
         save(self.run, self.progress)
@@ -269,9 +269,12 @@ def against_bare(program: Program, bare: Training, blend: Blend, rounds: int) ->
     times = Timings()
     for number in range(-WARM_UP, rounds):
         ready = made_ready(next_rows(program, blend), bare.device)
-        (own, loss), (theirs, sums) = by_turns(number, program.step, partial(bare_step, bare, ready))
-        bare_loss = float(sum(part["loss"] for part in sums) / sum(part["tokens"] for part in sums))
-        assert abs(loss - bare_loss) < 1e-3 * bare_loss, (loss, bare_loss)
+        (own, (loss, tokens)), (theirs, sums) = by_turns(number, program.step, partial(bare_step, bare, ready))
+        bare_tokens = sum(part["tokens"] for part in sums)
+        assert tokens == bare_tokens, (tokens, bare_tokens)
+        bare_loss = float(sum(part["loss"] for part in sums) / bare_tokens)
+        # the program also balances its experts, so in time the two models part
+        assert abs(loss - bare_loss) < (1e-3 if number < 0 else 1e-2) * bare_loss, (loss, bare_loss)
         if number < 0:
             continue
         times.program.append(own)

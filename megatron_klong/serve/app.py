@@ -1,6 +1,6 @@
 """The HTTP front: who may ask, how much at once, and what is answered when something is wrong; one engine behind it.
 
-    400  malformed, a token id the model does not have, or too long (with the numbers)
+    400  malformed, a token id the model does not have, too long, or too many replies at once (with the numbers)
     401  without the token, where one is set
     404, 405  no such route, or not by that method
     408, 413  the body took too long to arrive, or is too large
@@ -10,7 +10,8 @@
     503  the engine has ended
     504  the request's deadline passed before a token was sampled
 
-Errors are JSON as OpenAI writes it. A client that goes away ends its requests; metrics count that as 499.
+Errors are JSON as OpenAI writes it. A client that goes away ends its requests; metrics count that as 499. What goes
+wrong in the middle of a streamed reply is its last event, with the status above, which is also what metrics count.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from megatron_klong.serve.chat import ChatCompletions
 from megatron_klong.serve.completions import TextCompletions
@@ -56,6 +58,13 @@ from megatron_klong.trajectory.tokenizer import Tokenizer
 _RETRY_AFTER_SECONDS = 1
 _GONE = 499  # nobody reads the answer
 _MIB = 1 << 20
+_STATUS: Mapping[type[Exception], int] = {
+    ReplyError: 502,  # is a ProtocolError, but of the engine: the fault is not the client's
+    ProtocolError: 400,
+    RefitRefused: 409,
+    EngineStopped: 503,
+    DeadlinePassed: 504,
+}
 
 type Asked = TextCompletions | ChatCompletions
 type Handler = Callable[[Request], Awaitable[Response]]
@@ -154,17 +163,13 @@ class Front:
                 response = Response(status_code=_GONE)
             except Refused as error:
                 response = _error(error.status, str(error), error.headers)
-            except ReplyError as error:  # of the engine: the fault is not the client's
-                response = _error(502, str(error))
-            except ProtocolError as error:
-                response = _error(400, str(error))
-            except RefitRefused as error:
-                response = _error(409, str(error))
-            except EngineStopped as error:
-                response = _error(503, str(error))
-            except DeadlinePassed as error:
-                response = _error(504, str(error))
-            self._metrics.answered(path, response.status_code)
+            except tuple(_STATUS) as error:
+                response = _error(_status(error), str(error))
+            except Exception:  # answered by _server_error
+                self._metrics.answered(path, 500)
+                raise
+            if not isinstance(response, _Events):  # those are counted when they have ended
+                self._metrics.answered(path, response.status_code)
             return response
 
         return guarded
@@ -173,13 +178,16 @@ class Front:
         if self._token is None or path.endswith(HEALTH):
             return
         given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-            raise Refused(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+        # read as Latin-1, whatever its bytes mean
+        if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._token}".encode()):
+            message = "the bearer token is missing or wrong; send the header Authorization: Bearer <token>"
+            raise Refused(401, message, {"WWW-Authenticate": "Bearer"})
 
     async def _body(self, request: Request) -> bytes:
         """Raises Refused for one that is too large or too slow, ClientDisconnect."""
         most = int(self._config.max_body_mib * _MIB)
-        too_large = Refused(413, f"the body is larger than max_body_mib {self._config.max_body_mib}")
+        limit = f"max_body_mib {self._config.max_body_mib}"
+        too_large = Refused(413, f"the body is larger than {limit}; send less, or start the server with more")
         if (length := request.headers.get("content-length", "0")).isdigit() and int(length) > most:
             raise too_large
         parts = bytearray()
@@ -190,20 +198,18 @@ class Front:
                     if len(parts) > most:
                         raise too_large
         except TimeoutError:
-            message = f"the body did not arrive within body_seconds {self._config.body_seconds}"
+            limit = f"body_seconds {self._config.body_seconds}"
+            message = f"the body did not arrive within {limit}; send it faster, or start the server with more"
             raise Refused(408, message, {"Connection": "close"}) from None
         return bytes(parts)
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
         for one in asked.requests:
             self._check(one)
-        if self._in_flight + len(asked.requests) > self._config.max_requests + self._config.max_waiting:
-            headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
-            raise Refused(429, f"{self._in_flight} requests are in flight already", headers)
-        self._in_flight += len(asked.requests)
+        self._take_up(len(asked.requests))
         started = time.monotonic()
         if asked.delivery.stream:
-            return await self._stream(asked, started)
+            return await self._stream(request, asked, started)
         try:
             completions = await _unless_gone(request, replies(self._engine, asked.requests))
         finally:
@@ -211,19 +217,37 @@ class Front:
         self._metrics.finished(completions, time.monotonic() - started)
         return JSONResponse(asked.reply(completions))
 
-    async def _stream(self, asked: Asked, started: float) -> Response:
+    def _take_up(self, count: int) -> None:
+        most = self._config.max_requests + self._config.max_waiting
+        limit = f"max_requests {self._config.max_requests} and max_waiting {self._config.max_waiting}"
+        if count > most:
+            raise ProtocolError(f"{count} replies in one body, above {limit} together; ask for fewer at once")
+        if self._in_flight + count > most:
+            headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+            message = f"{self._in_flight} requests are in flight already, of {limit}; come back after Retry-After"
+            raise Refused(429, message, headers)
+        self._in_flight += count
+
+    async def _stream(self, request: Request, asked: Asked, started: float) -> Response:
         """The first piece is waited for, so that what goes wrong before it has a status of its own."""
         stream = pieces(self._engine, asked.requests)
         try:
-            first = await anext(stream)
+            first = await _unless_gone(request, anext(stream))
         except BaseException:
             self._in_flight -= len(asked.requests)
             await stream.aclose()
             raise
-        return StreamingResponse(self._events(asked, first, stream, started), media_type="text/event-stream")
+        outcome = _Outcome()
+
+        async def ended() -> None:
+            self._in_flight -= len(asked.requests)
+            self._metrics.answered(request.url.path, outcome.status)
+            await stream.aclose()
+
+        return _Events(self._events(asked, first, stream, started, outcome), ended)
 
     async def _events(
-        self, asked: Asked, first: Piece, stream: AsyncGenerator[Piece], started: float
+        self, asked: Asked, first: Piece, stream: AsyncGenerator[Piece], started: float, outcome: "_Outcome"
     ) -> AsyncGenerator[str]:
         completions: list[Completion] = []
 
@@ -233,18 +257,20 @@ class Front:
             return _event(asked.chunk(*piece))
 
         try:
-            async with aclosing(stream):
-                yield written(first)
-                async for piece in stream:
-                    yield written(piece)
-            if asked.delivery.include_usage:
-                yield _event(asked.usage_chunk(completions))
-            yield "data: [DONE]\n\n"
-            self._metrics.finished(completions, time.monotonic() - started)
-        except (EngineStopped, DeadlinePassed, ReplyError) as error:  # the status is out already
-            yield _event(_error_body(503, str(error)))
-        finally:
-            self._in_flight -= len(asked.requests)
+            yield written(first)
+            async for piece in stream:
+                yield written(piece)
+        except Exception as error:  # the status line is out already
+            outcome.status = _status(error)
+            yield _event(_error_body(outcome.status, str(error)))
+            if outcome.status == 500:  # to be logged with its traceback
+                raise
+            return
+        if asked.delivery.include_usage:
+            yield _event(asked.usage_chunk(completions))
+        self._metrics.finished(completions, time.monotonic() - started)
+        outcome.status = 200
+        yield "data: [DONE]\n\n"
 
     def _check(self, asked: CompletionRequest) -> None:
         """Raise for what the engine cannot do."""
@@ -267,12 +293,35 @@ class Front:
             self._check_ids(name, ids)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
-        for place, identifier in enumerate(ids):
-            if not 0 <= identifier < self._engine.vocabulary_size:
-                raise ProtocolError(
-                    f"{name}: token id {identifier} at place {place} is unknown; the model has 0 to "
-                    f"{self._engine.vocabulary_size - 1}"
-                )
+        known = self._engine.vocabulary_size
+        if ids and not 0 <= min(ids) <= max(ids) < known:
+            place, unknown = next((n, one) for n, one in enumerate(ids) if not 0 <= one < known)
+            raise ProtocolError(
+                f"{name}: token id {unknown} at place {place} is unknown; the model has 0 to {known - 1}"
+            )
+
+
+@dataclass
+class _Outcome:
+    """What metrics count of a stream."""
+
+    status: int = _GONE  # unless it gets as far as its last event
+
+
+class _Events(StreamingResponse):
+    """What is streamed. `ended` is called however it ends, even if it never began."""
+
+    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._ended()
 
 
 async def _unless_gone[Result](request: Request, work: Awaitable[Result]) -> Result:
@@ -294,6 +343,10 @@ async def _unless_gone[Result](request: Request, work: Awaitable[Result]) -> Res
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
+def _status(error: Exception) -> int:
+    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+
+
 def _event(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
@@ -313,5 +366,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
-    """Starlette logs the traceback besides."""
-    return _error(500, f"{type(error).__name__}: {error}")
+    """Starlette has the traceback logged besides, whereupon uvicorn closes the connection; so the client is told."""
+    return _error(500, f"{type(error).__name__}: {error}", {"Connection": "close"})

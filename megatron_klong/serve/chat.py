@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from megatron_klong.serve.completions import copies, usage
+from megatron_klong.serve.completions import copies, usage, without_stop
 from megatron_klong.serve.interface import Progress
-from megatron_klong.serve.parsing import ParsedTurn, Schemas
+from megatron_klong.serve.parsing import ParsedCall, ParsedTurn, Schemas
 from megatron_klong.serve.prompts import STOP_TOKENS, Prompts, schemas
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError
 from megatron_klong.serve.turn_stream import Part, TurnStream
@@ -79,20 +79,20 @@ class ChatCompletions:
 
     def chunk(self, place: int, part: Progress | Completion) -> dict[str, Any]:
         """What one piece of a streamed reply is written as."""
-        if not isinstance(part, Completion):
-            delta = _delta(list(self._stream(place).feed(part.ids)))
+        # said once: clients put together what comes under one name
+        role = {} if place in self.streams else {"role": "assistant"}
+        stream = self._stream(place)
+        choice: dict[str, Any]
+        if isinstance(part, Completion):
+            rest, turn = stream.finish(self._body(place, part))
+            delta = {**role, **_delta(rest), **self._sampled(part)}
+            if calls := self._calls(turn):
+                delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
+            choice = {"index": place, "delta": delta, "finish_reason": _reason(part, turn)}
+        else:
+            delta = {**role, **_delta(list(stream.feed(without_stop(part.ids, self.requests[place]))))}
             logprobs = self._logprobs(part.ids, part.log_probs, part.top_log_probs)
-            choice = {"index": place, "delta": {"role": "assistant", **delta}, "finish_reason": None, **logprobs}
-            return {**self._head("chat.completion.chunk"), "choices": [choice]}
-        rest, turn = self._stream(place).finish(self._body(place, part))
-        delta = _delta(rest)
-        if calls := self._calls(turn):
-            delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
-        choice = {
-            "index": place,
-            "delta": {**delta, **self._sampled(part)},
-            "finish_reason": self._reason(place, part, turn),
-        }
+            choice = {"index": place, "delta": delta, "finish_reason": None, **logprobs}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def usage_chunk(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -107,12 +107,8 @@ class ChatCompletions:
             self.streams[place] = TurnStream(self.tokenizer, schemas=self.schemas, stop=stop)
         return self.streams[place]
 
-    def _stopped_by_token(self, place: int, completion: Completion) -> bool:
-        return completion.generation_token_ids[-1] in self.requests[place].stop_token_ids
-
-    def _body(self, place: int, completion: Completion) -> tuple[int, ...]:
-        ids = completion.generation_token_ids
-        return ids[:-1] if self._stopped_by_token(place, completion) else ids
+    def _body(self, place: int, completion: Completion) -> Sequence[int]:
+        return without_stop(completion.generation_token_ids, self.requests[place])
 
     def _calls(self, turn: ParsedTurn) -> list[dict[str, Any]]:
         calls = turn.calls[:1] if self.one_call else turn.calls
@@ -120,21 +116,16 @@ class ChatCompletions:
             {
                 "id": f"call_{uuid4().hex}",
                 "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+                "function": {"name": call.name, "arguments": _arguments(call)},
             }
             for call in calls
         ]
-
-    def _reason(self, place: int, completion: Completion, turn: ParsedTurn) -> str:
-        if completion.finish_reason != "stop":
-            return "length"  # OpenAI knows no deadline
-        return "tool_calls" if turn.calls else "stop"
 
     def _end(self, place: int, completion: Completion, turn: ParsedTurn) -> dict[str, Any]:
         logprobs = self._logprobs(
             completion.generation_token_ids, completion.generation_log_probs, completion.top_log_probs
         )
-        return {"index": place, "finish_reason": self._reason(place, completion, turn), "logprobs": None, **logprobs}
+        return {"index": place, "finish_reason": _reason(completion, turn), "logprobs": None, **logprobs}
 
     def _sampled(self, completion: Completion) -> dict[str, Any]:
         """What a trainer needs, beside what OpenAI's message has."""
@@ -158,6 +149,18 @@ class ChatCompletions:
         text = decode(self.tokenizer, [token])
         # of a part of a character the text is not known; OpenAI says null then
         return {"token": text, "logprob": value, "bytes": None if _UNFINISHED in text else list(text.encode())}
+
+
+def _reason(completion: Completion, turn: ParsedTurn) -> str:
+    if completion.finish_reason != "stop":
+        return "length"  # OpenAI knows no deadline
+    return "tool_calls" if turn.calls else "stop"
+
+
+def _arguments(call: ParsedCall) -> str:
+    """Of a call that cannot be read, an object that is not closed: nobody runs it, and Prompts takes it back."""
+    written = json.dumps(call.arguments, ensure_ascii=False)
+    return written if call.error is None else written.removesuffix("}")
 
 
 def _delta(parts: Sequence[Part]) -> dict[str, Any]:

@@ -9,7 +9,18 @@ from typing import Any, Self
 import anyio
 import httpx
 
-from megatron_klong.serve.protocol import COMPLETIONS, MODELS, Completion, CompletionRequest, ProtocolError, ReplyError
+from megatron_klong.serve.protocol import (
+    COMPLETIONS,
+    MODELS,
+    REFIT,
+    Completion,
+    CompletionRequest,
+    ProtocolError,
+    RefitReply,
+    RefitRequest,
+    ReplyError,
+    validated,
+)
 
 _LONGEST_WAIT = 30.0
 
@@ -37,6 +48,7 @@ class Client:
         *,
         timeout_seconds: float | None = None,
         retries: int = 0,
+        token: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """`base_url` with or without a closing /v1; `timeout_seconds` for a whole reply, None: as long as it takes."""
@@ -46,7 +58,12 @@ class Client:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         # the server is named outright: proxies of the environment are for other traffic
         self._http = httpx.AsyncClient(
-            base_url=self.base_url, timeout=timeout, limits=limits, trust_env=False, transport=transport
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout,
+            limits=limits,
+            trust_env=False,
+            transport=transport,
         )
 
     async def complete(self, request: CompletionRequest) -> Completion:
@@ -57,12 +74,30 @@ class Client:
         return completion
 
     async def max_sequence_length(self) -> int:
-        """Longest prompt with its reply that the server takes. Raises ServerError, ProtocolError."""
+        """Longest prompt with its reply that the server takes. Raises ServerError, ProtocolError.
+
+        Refuses a server whose replies are not the ids that were sampled: nothing may train on those.
+        """
         body = await self._with_retries("GET", MODELS, None)
         try:
-            return int(body["data"][0]["max_model_len"])
+            model = body["data"][0]
+            longest, exact = int(model["max_model_len"]), model["exact_tokens"]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ProtocolError(f"{self.base_url}{MODELS} names no max_model_len") from None
+            raise ProtocolError(
+                f"{self.base_url}{MODELS} names no max_model_len and exact_tokens, so it is no server of ours; start "
+                "one with python -m megatron_klong.serve"
+            ) from None
+        if exact is not True:
+            raise ProtocolError(
+                f"{self.base_url}: its replies hold no sampled ids (exact_tokens is {exact}), so nothing may train on "
+                "it; serve with --engine megatron or nemo"
+            )
+        return longest
+
+    async def refit(self, request: RefitRequest) -> RefitReply:
+        """Have the server take other weights. Raises ServerError (409: it serves the old ones on), ProtocolError."""
+        body = await self._once("POST", REFIT, request.model_dump(mode="json", exclude_none=True))
+        return validated(RefitReply, body)
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -10,6 +10,7 @@ from megatron_klong.serve.interface import Progress
 from megatron_klong.serve.prompts import STOP_TOKENS
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError
 from megatron_klong.serve.stop_strings import cut
+from megatron_klong.serve.turn_stream import TextStream
 from megatron_klong.serve.wire import DEFAULT_MAX_TOKENS, Asked, Delivery, read_asked
 from megatron_klong.trajectory.sampled import decode
 from megatron_klong.trajectory.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class TextCompletions:
     tokenizer: Tokenizer | None
     id: str
     created: int
+    streams: dict[int, TextStream] = field(default_factory=dict)
 
     @classmethod
     def of(cls, body: Mapping[str, Any], *, model: str, tokenizer: Tokenizer | None) -> "TextCompletions":
@@ -52,12 +54,20 @@ class TextCompletions:
         return {**self._head(), "choices": choices, "usage": usage(completions)}
 
     def chunk(self, place: int, part: Progress | Completion) -> dict[str, Any]:
-        """What one piece of a streamed reply is written as; the text of all pieces is that of the whole reply."""
+        """What one piece of a streamed reply is written as; the text of all pieces is that of the whole reply.
+
+        The last piece has all ids once more, with what only the whole reply has; its `logprobs` were in the others.
+        """
+        stream = self._stream(place)
         if isinstance(part, Completion):
-            return {**self._head(), "choices": [{**self._choice(place, part), "text": ""}]}
-        text = decode(self.tokenizer, part.ids) if self.tokenizer else ""
-        ids = {"generation_token_ids": list(part.ids), "generation_log_probs": list(part.log_probs)}
-        return {**self._head(), "choices": [{"index": place, "text": text, "finish_reason": None, **ids}]}
+            text = stream.finish(self._body(place, part)) if stream else ""
+            choice = {**self._choice(place, part), "text": text, "logprobs": None}
+        else:
+            text = stream.feed(without_stop(part.ids, self.requests[place])) if stream else ""
+            sampled = {"generation_token_ids": list(part.ids), "generation_log_probs": list(part.log_probs)}
+            logprobs = self._logprobs(part.ids, part.log_probs, part.top_log_probs)
+            choice = {"index": place, "text": text, "finish_reason": None, "logprobs": logprobs, **sampled}
+        return {**self._head(), "choices": [choice]}
 
     def usage_chunk(self, completions: Sequence[Completion]) -> dict[str, Any]:
         return {**self._head(), "choices": [], "usage": usage(completions)}
@@ -66,22 +76,30 @@ class TextCompletions:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
 
     def _choice(self, place: int, completion: Completion) -> dict[str, Any]:
-        text, written = "", self.requests[place].stop
+        text = ""
         if self.tokenizer is not None:
-            stopped = completion.finish_reason == "stop" and completion.generation_token_ids[-1] in (
-                self.requests[place].stop_token_ids
-            )
-            ids = completion.generation_token_ids
-            text = cut(decode(self.tokenizer, ids[:-1] if stopped else ids), written)
-        logprobs = None
-        if self.delivery.top_logprobs is not None:
-            logprobs = self._logprobs(completion)
+            text = cut(decode(self.tokenizer, self._body(place, completion)), self.requests[place].stop)
+        logprobs = self._logprobs(
+            completion.generation_token_ids, completion.generation_log_probs, completion.top_log_probs
+        )
         return {"index": place, "text": text, "logprobs": logprobs, **completion.to_choice()}
 
-    def _logprobs(self, completion: Completion) -> dict[str, Any]:
-        names = [self._name(token) for token in completion.generation_token_ids]
-        top = [{self._name(token): value for token, value in one} for one in completion.top_log_probs]
-        return {"tokens": names, "token_logprobs": list(completion.generation_log_probs), "top_logprobs": top or None}
+    def _stream(self, place: int) -> TextStream | None:
+        if self.tokenizer is not None and place not in self.streams:
+            self.streams[place] = TextStream(self.tokenizer, stop=self.requests[place].stop)
+        return self.streams.get(place)
+
+    def _body(self, place: int, completion: Completion) -> Sequence[int]:
+        return without_stop(completion.generation_token_ids, self.requests[place])
+
+    def _logprobs(
+        self, ids: Sequence[int], values: Sequence[float], top: Sequence[Sequence[tuple[int, float]]]
+    ) -> dict[str, Any] | None:
+        if self.delivery.top_logprobs is None:
+            return None
+        likeliest = [{self._name(token): value for token, value in one} for one in top]
+        names = [self._name(token) for token in ids]
+        return {"tokens": names, "token_logprobs": list(values), "top_logprobs": likeliest or None}
 
     def _name(self, token: int) -> str:
         return decode(self.tokenizer, [token]) if self.tokenizer else str(token)
@@ -92,6 +110,11 @@ def copies(request: CompletionRequest, asked: Asked) -> list[CompletionRequest]:
     if request.seed is None:
         return [request] * asked.delivery.n
     return [request.model_copy(update={"seed": request.seed + number}) for number in range(asked.delivery.n)]
+
+
+def without_stop(ids: Sequence[int], request: CompletionRequest) -> Sequence[int]:
+    """What a reply, or the last piece of one, says: all but the stop token that ends it."""
+    return ids[:-1] if ids and ids[-1] in request.stop_token_ids else ids
 
 
 def usage(completions: Sequence[Completion]) -> dict[str, Any]:

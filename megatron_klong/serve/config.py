@@ -25,6 +25,8 @@ class EngineConfig(Config):
     """Memory for keys and values."""
     block_tokens: int = Field(default=256, gt=1)
     """Tokens a block of that memory holds; what later prompts begin with is found again in whole blocks."""
+    layout: LayoutConfig = LayoutConfig()
+    """How the processes divide the model; what is left over are replicas."""
     prefix_cache: bool = True
     """Keep what was read, prompts and replies, for later prompts that begin with it."""
 
@@ -37,8 +39,6 @@ class ServeConfig(EngineConfig):
     engine: Literal["megatron", "nemo", "nemo_http"] = "megatron"
     """What samples: Megatron-Core's own engine; NeMo's deployable over a checkpoint of Megatron-Bridge (needs a GPU);
     NeMo's stock server, whose replies hold no ids: for evaluation only."""
-    layout: LayoutConfig = LayoutConfig()
-    """How the processes divide the model; what is left over are replicas."""
     tokenizer: str | None = None
     """File or folder; needed for chat, for prompts that are text, and for stop strings."""
     routes: bool = False

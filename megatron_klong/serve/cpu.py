@@ -16,6 +16,8 @@ from megatron.core.inference.contexts import dynamic_context
 from megatron.core.transformer import attention
 from torch.nn.functional import scaled_dot_product_attention
 
+_SMALL = 4096  # tokens: fewer than these are not worth a loop over requests
+
 _installed = False
 
 
@@ -29,6 +31,7 @@ def install() -> None:
     _attention()
     _cache_writes()
     _stages()
+    _rounding()
 
 
 def _memory_figures() -> None:
@@ -53,6 +56,11 @@ def _stages() -> None:
     communication_utils._is_cuda = lambda tensor: None
 
 
+def _rounding() -> None:
+    """Steps are filled up to a multiple of 64 tokens, for CUDA graphs and kernels; here that is only work."""
+    dynamic_context.DynamicInferenceContext.TOKEN_ROUNDER = 1
+
+
 def _varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -66,13 +74,16 @@ def _varlen_attention(
 ) -> torch.Tensor:
     """Several queries a request, over its blocks: flash_attn_varlen_func with a block table."""
     result = torch.zeros_like(q)
-    query_ends, key_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for request in range(len(query_ends) - 1):
-        start, end = query_ends[request : request + 2]
-        keys = key_ends[request + 1] - key_ends[request]
-        if end > start and keys > 0:
-            blocks = block_table[request]
-            result[start:end] = _attend(q[start:end], _gather(k, blocks, keys), _gather(v, blocks, keys), softmax_scale)
+    queries, keys = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    if len(decoding := ((queries == 1) & (keys > 0)).nonzero()[:, 0]):
+        places = cu_seqlens_q[decoding].long()
+        result[places] = _one_query_each(
+            q[places][:, None], k, v, keys[decoding], block_table[decoding], softmax_scale
+        )[:, 0]
+    for request in ((queries > 1) & (keys > 0)).nonzero()[:, 0].tolist():
+        start, end, length = int(cu_seqlens_q[request]), int(cu_seqlens_q[request + 1]), int(keys[request])
+        blocks = block_table[request]
+        result[start:end] = _attend(q[start:end], _gather(k, blocks, length), _gather(v, blocks, length), softmax_scale)
     return result
 
 
@@ -88,13 +99,37 @@ def _decode_attention(
 ) -> torch.Tensor:
     """One query a request (or a few, of one number): flash_attn_with_kvcache with a block table."""
     result = torch.zeros_like(q)
-    for request, keys in enumerate(cache_seqlens.tolist()[: q.shape[0]]):
-        if keys > 0:
-            blocks = block_table[request]
-            result[request] = _attend(
-                q[request], _gather(k_cache, blocks, keys), _gather(v_cache, blocks, keys), softmax_scale
-            )
+    real = (cache_seqlens[: q.shape[0]] > 0).nonzero()[:, 0]  # others only fill up the batch
+    result[real] = _one_query_each(q[real], k_cache, v_cache, cache_seqlens[real], block_table[real], softmax_scale)
     return result
+
+
+def _one_query_each(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """q: [request, token, head, dimension], the last tokens of requests of such lengths."""
+    if not len(q):  # only others filled the batch
+        return q
+    if len(q) * int(lengths.max()) <= 4 * int(lengths.sum()) + _SMALL:  # little of it is padding
+        return _attend_all(q, k, v, lengths, blocks, scale)
+    found = [
+        _attend(one, _gather(k, own, length), _gather(v, own, length), scale)
+        for one, own, length in zip(q, blocks, lengths.tolist(), strict=True)
+    ]
+    return torch.stack(found)
+
+
+def _attend_all(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """All at once, padded to the longest."""
+    longest = int(lengths.max())
+    used = blocks[:, : -(-longest // k.shape[1])].long().clamp(min=0)
+    keys, values = (cache[used].flatten(1, 2)[:, :longest] for cache in (k, v))
+    last_seen = lengths[:, None] + torch.arange(1 - q.shape[1], 1)  # [request, token]
+    mask = torch.arange(longest) < last_seen[:, None, :, None]
+    query, key, value = (part.transpose(1, 2) for part in (q, keys, values))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def _gather(cache: torch.Tensor, blocks: torch.Tensor, tokens: int) -> torch.Tensor:

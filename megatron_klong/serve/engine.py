@@ -112,6 +112,7 @@ class MegatronEngine:
         self._left: deque[_Flight] = deque()
         self._refits: deque[_Refit] = deque()
         self._flights: dict[int, _Flight] = {}
+        self._unfinished = False
         self._measured = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -253,8 +254,9 @@ class MegatronEngine:
             if round_.weights is not None:
                 self._refitted(round_, outcome)
             self._spread(outcome)
+            self._unfinished = outcome.unfinished
             await asyncio.sleep(0)
-            if self._flights or self._arrived or self._refits:
+            if self._flights or self._unfinished or self._arrived or self._refits:
                 idle = False
             elif idle:  # one round without work, so that what is counted is up to date
                 await self._wait()
@@ -285,7 +287,7 @@ class MegatronEngine:
             policy_epoch=self._epoch_of(refit_now) if refit_now else 0,
             end=end,
             add=arrivals,
-            step=bool(self._flights) and not refit_now,
+            step=bool(self._flights or end or self._unfinished) and not refit_now,
             measure=measure,
         )
 

@@ -56,11 +56,23 @@ def serving(
         "host": host,
         "drain_seconds": 0,  # it is stopped when nobody waits for a reply any more
     }
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    layout = settings.pop("layout")
+    given = {**settings, **{f"layout.{name}": value for name, value in layout.items()}}
+    flags = [part for name, value in given.items() for part in (f"--{name}", json.dumps(value))]
+    processes_of_one = engine.layout.model_processes
+    # a port of the launcher's own choice: several servers may be started on one machine
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes_of_one), "-m"]
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as printed:
         process = processes.start(
-            [*prefix, sys.executable, "-m", "megatron_klong.serve", *flags],
+            [
+                *prefix,
+                sys.executable,
+                "-m",
+                *(launcher if processes_of_one > 1 else []),
+                "megatron_klong.serve",
+                *flags,
+            ],
             output=subprocess.PIPE,
             errors=printed,
             environment={},

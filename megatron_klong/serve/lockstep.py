@@ -55,12 +55,25 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came of a round on all replicas; on rank 0. fault: why weights were not replaced."""
+    """What came of a round on all replicas; on rank 0. fault: why weights were not replaced.
 
+    unfinished: some replica still has work, be it requests that were ended and hold their places until a step.
+    """
+
+    unfinished: bool = False
     progress: Sequence[Progress] = ()
     loads: Sequence[Load] = ()
     fault: str | None = None
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """Of one replica."""
+
+    progress: Sequence[Progress]
+    load: Load | None
+    unfinished: bool
 
 
 class Lockstep:
@@ -124,15 +137,16 @@ class Lockstep:
         elif said.step and self._experts_shared:
             replica.idle_step()
         load = replica.load() if said.measure else None
-        everything = self._gathered((progress, load))
+        everything = self._gathered(_Part(progress=progress, load=load, unfinished=replica.has_work))
         return Outcome(
-            progress=[part for parts, _ in everything for part in parts],
-            loads=[one for _, one in everything if one is not None],
+            unfinished=any(part.unfinished for part in everything),
+            progress=[one for part in everything for one in part.progress],
+            loads=[part.load for part in everything if part.load is not None],
             fault=fault,
             seconds=seconds,
         )
 
-    def _gathered(self, own: tuple[list[Progress], Load | None]) -> list[tuple[list[Progress], Load | None]]:
+    def _gathered(self, own: "_Part") -> "list[_Part]":
         """Of all replicas on rank 0; elsewhere nothing."""
         if self.replicas == 1:
             return [own]

@@ -47,26 +47,37 @@ class Prompts:
         role = given.get("role")
         if role == "assistant":
             return self._assistant(name, given)
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise ProtocolError(f"{name}.role: {role!r} is none of assistant, {', '.join(_ROLES)}")
         return Message(role=_ROLES[role], content=_text(f"{name}.content", given.get("content")))
 
     def _assistant(self, name: str, given: Mapping[str, Any]) -> Message:
         if (ids := given.get("generation_token_ids")) is not None:
-            if not isinstance(ids, list) or not ids or not all(type(identifier) is int for identifier in ids):
+            if not isinstance(ids, list) or not ids or not all(type(one) is int and one >= 0 for one in ids):
                 raise ProtocolError(f"{name}.generation_token_ids: a list of token ids is needed")
             stopped = ids[-1] in self._stops
             sampled = Sampled(body=tuple(ids[:-1] if stopped else ids), end=ids[-1] if stopped else None)
             return Message(role=Role.ASSISTANT, sampled=sampled)
-        reasoning = given.get("reasoning_content", given.get("reasoning"))
-        if reasoning is not None and not isinstance(reasoning, str):
+        content = _text(f"{name}.content", given.get("content"))
+        reasoning = given.get("reasoning") if (first := given.get("reasoning_content")) is None else first
+        if reasoning is None:
+            reasoning, content = _thought(content)
+        elif not isinstance(reasoning, str):
             raise ProtocolError(f"{name}.reasoning_content: text is needed")
         return Message(
             role=Role.ASSISTANT,
-            content=_text(f"{name}.content", given.get("content")),
+            content=content,
             reasoning=reasoning,
             tool_calls=_calls(f"{name}.tool_calls", given.get("tool_calls") or []),
         )
+
+
+def _thought(content: str) -> tuple[str | None, str]:
+    """Reasoning that a client keeps in the text, taken out as the model's template does it."""
+    if "</think>" not in content:
+        return None, content
+    before, *_, after = content.split("</think>")
+    return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
 
 
 def _text(name: str, content: Any) -> str:
@@ -77,7 +88,9 @@ def _text(name: str, content: Any) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         if others := {str(part.get("type")) for part in content} - {"text"}:
             raise ProtocolError(f"{name}: the model reads text only, not {', '.join(sorted(others))}")
-        return "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
     raise ProtocolError(f"{name}: text, or a list of text parts, is needed")
 
 
@@ -96,13 +109,21 @@ def _calls(name: str, calls: Any) -> tuple[ToolCall, ...]:
 def _arguments(name: str, function: Mapping[str, Any]) -> Mapping[str, Any]:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise ProtocolError(f"{name}.function.arguments: no JSON") from None
+        arguments = _json(f"{name}.function.arguments", arguments)
     if not isinstance(arguments, dict):
         raise ProtocolError(f"{name}.function.arguments: an object is needed")
     return arguments
+
+
+def _json(name: str, text: str) -> Any:
+    for closing in ("", "}"):  # chat.py leaves open what it could not read
+        try:
+            value = json.loads(text + closing)
+            json.dumps(value, ensure_ascii=False).encode()  # half a character is no text
+        except (ValueError, RecursionError):
+            continue
+        return value
+    raise ProtocolError(f"{name}: no JSON")
 
 
 def _tools(tools: Any) -> Sequence[Mapping[str, Any]]:
@@ -114,10 +135,26 @@ def _tools(tools: Any) -> Sequence[Mapping[str, Any]]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ProtocolError(f"tools[{place}]: type function, with function.name and function.parameters, is needed")
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, dict) or not isinstance(parameters.get("properties") or {}, dict):
+            raise ProtocolError(f"tools[{place}].function.parameters: an object with properties is needed")
     return tools
 
 
 def schemas(tools: Any) -> Mapping[str, Mapping[str, Any]]:
-    """Tool -> argument -> its JSON schema, of tools that `Prompts.ids` took."""
+    """Tool -> argument -> the types it may have, as a JSON schema; of tools that `Prompts.ids` took."""
     parameters = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools or ()}
-    return {name: schema.get("properties") or {} for name, schema in parameters.items()}
+    return {
+        name: {argument: _types(schema) for argument, schema in (of_all.get("properties") or {}).items()}
+        for name, of_all in parameters.items()
+    }
+
+
+def _types(schema: Any) -> Mapping[str, Any]:
+    """JSON schemas say it in several ways, of which parsing knows one."""
+    several = schema.get("anyOf") if isinstance(schema, dict) else None
+    kinds: list[Any] = []
+    for member in several if isinstance(several, list) else [schema]:
+        kind = member.get("type") if isinstance(member, dict) else None
+        kinds += kind if isinstance(kind, list) else [kind]
+    return {"anyOf": [{"type": kind if isinstance(kind, str) else None} for kind in kinds]}

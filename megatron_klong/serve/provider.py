@@ -33,6 +33,7 @@ from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.parsing import ParsedTurn, parse
+from megatron_klong.serve.prompts import STOP_TOKENS
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
 from megatron_klong.serve.turns import SampledTurn, TurnStore
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -41,7 +42,6 @@ from megatron_klong.trajectory.schema import Message, Role
 from megatron_klong.trajectory.segments import Segment, SegmentKind
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 
-STOP_TOKENS = ("<|observation|>", "<|user|>", "<|endoftext|>")
 _UNSUPPORTED = (
     *("stop_seqs", "num_choices", "best_of", "frequency_penalty", "presence_penalty", "logit_bias"),
     "response_schema",
@@ -72,6 +72,8 @@ class KlongAPI(ModelAPI):
         self._text_ids = functools.lru_cache(maxsize=8192)(self._encode_text_message)
         self._parsed = functools.lru_cache(maxsize=8192)(self._parse_turn)
         self._longest: int | None = None
+        self._episodes: dict[str, str] = {}  # by its last turn, so that a server with replicas finds its cache
+        self._token = api_key
         self._client: Client | None = None
         self._url = base_url
         self.turns = TurnStore(None if turns is None else Path(turns))
@@ -83,6 +85,8 @@ class KlongAPI(ModelAPI):
         _check_supported(tool_choice, config)
         prompt = self.prompt_ids(input, tools)
         longest = await self._longest_sequence()
+        last = next((message.id for message in reversed(input) if message.role == "assistant"), None)
+        episode = self._episodes.pop(last or "", None) or uuid4().hex
         if len(prompt) >= longest:
             raise ProtocolError(f"a prompt of {len(prompt)} tokens leaves no room in the server's {longest}")
         request = CompletionRequest(
@@ -93,10 +97,12 @@ class KlongAPI(ModelAPI):
             top_k=config.top_k or 0,
             stop_token_ids=self._stop_ids,
             seed=config.seed,
+            prompt_cache_key=episode,
         )
         completion = await self._connected().complete(request)
         turn = SampledTurn.of(uuid4().hex, completion)
         self.turns.add(turn)
+        self._episodes[turn.key] = episode
         return self._output(turn, completion, parse(turn.body, self._tokenizer, _schemas(tools)))
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
@@ -195,7 +201,7 @@ class KlongAPI(ModelAPI):
 
     def _connected(self) -> Client:
         if self._client is None:  # made in the event loop that uses it
-            self._client = Client(self._url)
+            self._client = Client(self._url, token=self._token)
         return self._client
 
     async def _longest_sequence(self) -> int:

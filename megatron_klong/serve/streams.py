@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
 from megatron_klong.serve.interface import Engine, Progress
-from megatron_klong.serve.protocol import Completion, CompletionRequest
+from megatron_klong.serve.protocol import Completion, CompletionRequest, ReplyError
 
 type Piece = tuple[int, Progress | Completion]
 """Which request it belongs to, and what there is of it."""
@@ -31,6 +31,9 @@ async def pieces(engine: Engine, requests: Sequence[CompletionRequest]) -> Async
             async with contextlib.aclosing(engine.stream(requests[place])) as stream:
                 async for part in stream:
                     arrived.put_nowait((place, part))
+                    if isinstance(part, Completion):
+                        return
+            arrived.put_nowait(ReplyError("the engine's reply ended before it was whole"))
         except Exception as error:  # raised again where it is waited for
             arrived.put_nowait(error)
 

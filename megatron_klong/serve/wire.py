@@ -6,6 +6,7 @@ be a wrong experiment.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 class _Strict(WireMessage):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -82,9 +86,11 @@ class Asked(_Strict):
 def read_json(content: bytes) -> Mapping[str, Any]:
     """A body. Raises ProtocolError."""
     try:
-        body = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ProtocolError(f"the body is no JSON: {error or type(error).__name__}") from None
+        body = json.loads(content.decode("utf-8-sig"))
+        if _HALF_CHARACTER.search(content):  # of a pair, unless it stands alone: then it is no text
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise ProtocolError("the body is no JSON object")
     return body
@@ -97,10 +103,17 @@ def read_asked(body: Mapping[str, Any], *, prompt_fields: Sequence[str]) -> Aske
     sampling = {name: given[name] for name in _SAMPLING if name in given}
     if isinstance(ids := sampling.get("stop_token_ids"), list):
         sampling["stop_token_ids"] = tuple(ids)
-    longest = given.get("max_completion_tokens", given.get("max_tokens"))
+    longest = _same("max_completion_tokens", "max_tokens", given)
     return validated(
         Asked, {"sampling": sampling, "max_tokens": longest, "stop": _strings(given), "delivery": _delivery(given)}
     )
+
+
+def _same(one: str, other: str, given: Mapping[str, Any]) -> Any:
+    """What two names of one thing say. Raises ProtocolError if they differ."""
+    if one in given and other in given and given[one] != given[other]:
+        raise ProtocolError(f"{one} is {given[one]!r} and {other} {given[other]!r}; leave one out")
+    return given.get(one, given.get(other))
 
 
 def _refuse_others(given: Mapping[str, Any]) -> None:
@@ -108,7 +121,7 @@ def _refuse_others(given: Mapping[str, Any]) -> None:
         if name in (*_SAMPLING, *_DELIVERY, "stop", "max_tokens", "max_completion_tokens") or name in _NOTES:
             continue
         if name not in _NEUTRAL:
-            raise ProtocolError(f"{name}: no such field here; leave it out")
+            raise ProtocolError(f"{name[:80]}: no such field here; leave it out")
         if value not in _NEUTRAL[name]:
             raise ProtocolError(f"{name}: {json.dumps(value)[:80]} is not implemented; leave it out")
     if given.get("echo"):
@@ -130,11 +143,15 @@ def _delivery(given: Mapping[str, Any]) -> Delivery:
         if top and not asked:
             raise ProtocolError("top_logprobs: only with logprobs true")
         top = (top or 0) if asked else None
-    elif asked is not None:
-        top = asked
-    options = given.get("stream_options") or {}
+    elif asked and top:
+        top = _same("logprobs", "top_logprobs", given)
+    elif asked is not None:  # 0 asks for log-probabilities alone
+        top = top or asked
+    options = given.get("stream_options", {})
     if not isinstance(options, dict):
         raise ProtocolError("stream_options: an object is needed")
+    if others := [name for name in options if name != "include_usage"]:
+        raise ProtocolError(f"stream_options.{others[0]}: no such field here; leave it out")
     fields = {name: given[name] for name in ("n", "stream") if name in given}
     usage = {"include_usage": options["include_usage"]} if "include_usage" in options else {}
     return validated(Delivery, {**fields, **usage, "top_logprobs": top})

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_klong.serve.completions import TextCompletions
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
+from megatron_klong.serve.wire import read_json
 
 IDS = st.lists(st.integers(0, 200_000), min_size=1, max_size=20)
 CHOICE: dict[str, Any] = {
@@ -19,22 +21,33 @@ CHOICE: dict[str, Any] = {
 }
 
 
-@given(IDS, st.integers(1, 9), st.floats(0, 2), IDS, st.none() | st.integers(0, 9))
-def test_a_request_is_read_as_it_was_sent(
-    prompt: list[int], most: int, temperature: float, stop: list[int], seed: int | None
-) -> None:
-    request = CompletionRequest(
-        prompt_token_ids=tuple(prompt),
-        max_tokens=most,
-        temperature=temperature,
-        stop_token_ids=tuple(stop),
-        seed=seed,
-    )
-    assert CompletionRequest.from_wire(json.loads(json.dumps(request.to_wire()))) == request
+REQUESTS = st.builds(
+    CompletionRequest,
+    prompt_token_ids=IDS.map(tuple),
+    max_tokens=st.integers(1, 9),
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1, exclude_min=True),
+    top_k=st.integers(0, 9),
+    stop_token_ids=IDS.map(tuple),
+    stop=st.lists(st.text(min_size=1, max_size=3), max_size=3).map(tuple),
+    seed=st.none() | st.integers(),
+    top_logprobs=st.integers(0, 20),
+    deadline_seconds=st.none() | st.floats(0.001, 99),
+    policy_epoch_at_least=st.none() | st.integers(0, 9),
+    routes=st.booleans(),
+    prompt_cache_key=st.none() | st.text(max_size=3),
+)
+
+
+@given(REQUESTS)
+def test_a_request_is_read_as_it_was_sent(request: CompletionRequest) -> None:
+    body = read_json(json.dumps(request.to_wire()).encode())
+    assert TextCompletions.of(body, model="m", tokenizer=None).requests == [request]
 
 
 @given(IDS, st.lists(st.tuples(st.integers(0, 99), st.floats(-50, 0)), min_size=1), st.sampled_from(["stop", "length"]))
 def test_a_reply_is_read_as_it_was_sent(prompt: list[int], sampled: list[tuple[int, float]], reason: Any) -> None:
+    asked = TextCompletions.of({"prompt": prompt}, model="m", tokenizer=None)
     completion = Completion(
         prompt_token_ids=tuple(prompt),
         generation_token_ids=tuple(identifier for identifier, _ in sampled),
@@ -42,29 +55,28 @@ def test_a_reply_is_read_as_it_was_sent(prompt: list[int], sampled: list[tuple[i
         finish_reason=reason,
         policy_epoch=((0, 3),),
     )
-    assert Completion.from_wire(json.loads(json.dumps(completion.to_wire(model="m")))) == completion
+    assert Completion.from_wire(json.loads(json.dumps(asked.reply([completion])))) == completion
 
 
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ([], "JSON object"),
-        ({"prompt": "text", "max_tokens": 1}, "prompt"),
+        ({"prompt": "text", "max_tokens": 1}, "prompt: .* --tokenizer"),
         ({"prompt": [], "max_tokens": 1}, "prompt_token_ids"),
-        ({"prompt": [[1]], "max_tokens": 1}, "prompt"),
+        ({"prompt": [[[1]]], "max_tokens": 1}, "prompt"),
         ({"prompt": [True], "max_tokens": 1}, "prompt"),
-        ({"prompt": [1]}, "max_tokens"),
         ({"prompt": [1], "max_tokens": 0}, "max_tokens"),
         ({"prompt": [1], "max_tokens": "9"}, "max_tokens"),
         ({"prompt": [1], "max_tokens": 1, "temperature": -1.0}, "temperature"),
         ({"prompt": [1], "max_tokens": 1, "top_p": 0}, "top_p"),
-        ({"prompt": [1], "max_tokens": 1, "top_p": 0.5, "top_k": 2}, "top_k and top_p"),
-        ({"prompt": [1], "max_tokens": 1, "stop": ["x"]}, "stop"),
+        ({"max_tokens": 1}, "prompt"),
+        ({"prompt": [[1], []], "max_tokens": 1}, "prompt_token_ids"),
+        ({"prompt": [[1], "text"], "max_tokens": 1}, "prompt"),
     ],
 )
 def test_a_malformed_request_is_refused_and_its_field_named(body: Any, named: str) -> None:
     with pytest.raises(ProtocolError, match=named):
-        CompletionRequest.from_wire(body)
+        TextCompletions.of(body, model="m", tokenizer=None)
 
 
 @pytest.mark.parametrize(

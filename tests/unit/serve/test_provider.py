@@ -1,7 +1,6 @@
 """The provider over the real front and client: only the engine is scripted."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,22 @@ from inspect_ai.tool import ToolInfo, ToolParam, ToolParams
 from megatron_klong.serve.app import Front
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.config import ServeConfig
-from megatron_klong.serve.protocol import Completion, CompletionRequest, EngineStopped, ProtocolError
+from megatron_klong.serve.protocol import (
+    Completion,
+    CompletionRequest,
+    EngineStopped,
+    ProtocolError,
+    RefitRefused,
+    RefitReply,
+    RefitRequest,
+)
 from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.serve.turns import UnknownTurn, read_turns
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.schema import Message, Role
 from megatron_klong.trajectory.tokenizer import Tokenizer, load_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
+from tests.unit.serve.scripted import Scripted, call, eventually, serving, written
 
 LIMIT = 1500
 BASH = ToolInfo(
@@ -40,31 +48,6 @@ BASH = ToolInfo(
     parameters=ToolParams(properties={"command": ToolParam(type="string", description="it")}, required=["command"]),
 )
 TASK: list[ChatMessage] = [ChatMessageSystem(content="Be brief."), ChatMessageUser(content="Count the files.")]
-
-
-class Scripted:
-    """An engine that says what a test wrote, and keeps what it was asked."""
-
-    vocabulary_size = 400
-    failure: BaseException | None = None
-
-    def __init__(self, *replies: Sequence[int] | Exception) -> None:
-        self.replies = list(replies)
-        self.asked: list[CompletionRequest] = []
-
-    async def generate(self, request: CompletionRequest) -> Completion:
-        self.asked.append(request)
-        reply = self.replies.pop(0)
-        if isinstance(reply, Exception):
-            raise reply
-        ids = tuple(reply)
-        return Completion(
-            prompt_token_ids=request.prompt_token_ids,
-            generation_token_ids=ids,
-            generation_log_probs=tuple(-0.01 * (place + 1) for place in range(len(ids))),
-            finish_reason="stop" if ids[-1] in request.stop_token_ids else "length",
-            policy_epoch=((0, 2),),
-        )
 
 
 @pytest.fixture(scope="module")
@@ -90,30 +73,9 @@ def provider(folder: Path, tmp_path: Path) -> Callable[[Scripted], KlongAPI]:
     return make
 
 
-def letters(tokenizer: Tokenizer, text: str) -> list[int]:
-    """`text` letter by letter, as no tokenizer would encode it but a policy may sample it."""
-    return [identifier for letter in text for identifier in tokenizer.encode(letter)]
-
-
 def sampled(tokenizer: Tokenizer, reasoning: str, content: str, command: str | None, end: str) -> list[int]:
-    control = tokenizer.control
-    ids = [*letters(tokenizer, "\n"), control["<think>"], *letters(tokenizer, reasoning), control["</think>"]]
-    ids += letters(tokenizer, "\n" + content)
-    if command is not None:
-        ids += [*letters(tokenizer, "\n"), control["<tool_call>"], *letters(tokenizer, "bash\n"), control["<arg_key>"]]
-        ids += [
-            *letters(tokenizer, "command"),
-            control["</arg_key>"],
-            *letters(tokenizer, "\n"),
-            control["<arg_value>"],
-        ]
-        ids += [
-            *letters(tokenizer, command),
-            control["</arg_value>"],
-            *letters(tokenizer, "\n"),
-            control["</tool_call>"],
-        ]
-    return [*ids, control[end]]
+    called = "" if command is None else call("bash", command=command)
+    return written(tokenizer, f"\n<think>{reasoning}</think>\n{content}{called}{end}")
 
 
 def ask(api: KlongAPI, messages: list[ChatMessage], **config: Any) -> ModelOutput:
@@ -127,9 +89,9 @@ def test_a_reply_is_read_and_what_was_sampled_is_kept(
     provider: Callable[[Scripted], KlongAPI], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     ids = sampled(tokenizer, "counting", "I count.", "ls | wc", "<|observation|>")
-    engine = Scripted(ids)
+    engine = Scripted(ids, policy_epoch=2)
     api = provider(engine)
-    output = ask(api, TASK, temperature=0.5, max_tokens=99)
+    output = ask(api, TASK, temperature=0.5, max_tokens=99, seed=7)
     message = output.choices[0].message
     assert (message.text, output.stop_reason) == ("I count.", "tool_calls")
     assert isinstance(message.content[0], ContentReasoning)
@@ -141,7 +103,7 @@ def test_a_reply_is_read_and_what_was_sampled_is_kept(
     assert (kept.ids, kept.stopped, kept.policy_epoch) == (tuple(ids), True, ((0, 2),))
     assert len(kept.log_probs) == len(ids)
     asked = engine.asked[0]
-    assert (asked.temperature, asked.max_tokens) == (0.5, 99)
+    assert (asked.temperature, asked.max_tokens, asked.seed) == (0.5, 99, 7)
     assert asked.stop_token_ids == tuple(tokenizer.control[t] for t in ("<|observation|>", "<|user|>", "<|endoftext|>"))
 
 
@@ -210,43 +172,78 @@ def test_errors_say_whether_to_try_again(provider: Callable[[Scripted], KlongAPI
         ask(api, TASK)
     assert stopped.value.status == 503
     assert api.should_retry(stopped.value)
-    with pytest.raises(ServerError, match="seed") as refused:
-        ask(api, TASK, seed=3)
+    with pytest.raises(ServerError, match="top_k 400") as refused:
+        ask(api, TASK, top_k=400)
     assert refused.value.status == 400
     assert not api.should_retry(refused.value)
     with pytest.raises(ProtocolError, match="stop_seqs"):
         ask(api, TASK, stop_seqs=["x"])
 
 
-def test_a_full_server_says_when_to_come_back() -> None:
-    async def run() -> tuple[httpx.Response, Completion]:
-        entered, release = anyio.Event(), anyio.Event()
+def test_a_client_that_may_try_again_gets_through_once_there_is_room() -> None:
+    engine = Scripted([5], [6], held=True)
+    request = CompletionRequest(prompt_token_ids=(1,), max_tokens=1)
 
-        class Slow(Scripted):
-            async def generate(self, request: CompletionRequest) -> Completion:
-                entered.set()
-                await release.wait()
-                return await super().generate(request)
-
-        config = ServeConfig(weights="none", max_requests=1, max_waiting=0)
-        transport = httpx.ASGITransport(Front(config, Slow([5], [6])).app())
-        request = CompletionRequest(prompt_token_ids=(1,), max_tokens=1)
-        async with (
-            httpx.AsyncClient(transport=transport, base_url="http://server") as http,
-            anyio.create_task_group() as g,
-        ):
-            g.start_soon(lambda: http.post("/v1/completions", json=request.to_wire()))
-            await entered.wait()
-            refused = await http.post("/v1/completions", json=request.to_wire())
-            release.set()
-            # a client that may try again gets through once there is room
-            return refused, await Client("http://server", retries=3, transport=transport).complete(request)
+    async def run(url: str) -> Completion:
+        async with Client(url, retries=3) as client, anyio.create_task_group() as group:
+            group.start_soon(client.complete, request)
+            await anyio.to_thread.run_sync(eventually, lambda: engine.asked)
+            with pytest.raises(ServerError, match="in flight") as full:
+                await Client(url).complete(request)
+            assert (full.value.status, full.value.retry_after, full.value.passing) == (429, 1, True)
+            engine.let()
+            return await client.complete(request)
         raise AssertionError("unreachable")
 
-    refused, completion = anyio.run(run)
-    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-    assert json.loads(refused.text)["error"]["code"] == 429
-    assert completion.generation_token_ids in ((5,), (6,))
+    with serving(engine, max_requests=1, max_waiting=0) as url:
+        assert anyio.run(run, url).generation_token_ids == (6,)
+
+
+def test_a_server_with_a_token_is_brought_it(folder: Path, tokenizer: Tokenizer) -> None:
+    engine = Scripted(sampled(tokenizer, "a", "b", None, "<|user|>"))
+    with serving(engine, token="secret") as url:
+        assert ask(KlongAPI("policy", url, "secret", tokenizer=str(folder)), TASK).completion == "b"
+        with pytest.raises(ServerError, match="bearer token") as refused:
+            ask(KlongAPI("policy", url, "wrong", tokenizer=str(folder)), TASK)
+    assert refused.value.status == 401
+
+
+def test_a_server_whose_replies_hold_no_sampled_ids_is_refused(provider: Callable[[Scripted], KlongAPI]) -> None:
+    engine = Scripted()
+    engine.exact_tokens = False
+    with pytest.raises(ProtocolError, match="no sampled ids"):
+        ask(provider(engine), TASK)
+
+
+def test_the_requests_of_an_episode_say_that_they_belong_together(
+    provider: Callable[[Scripted], KlongAPI], tokenizer: Tokenizer
+) -> None:
+    engine = Scripted(lambda request: sampled(tokenizer, "a", "b", "ls", "<|observation|>"))
+    api = provider(engine)
+    for _ in range(2):
+        messages = list(TASK)
+        for _ in range(2):
+            messages += [ask(api, messages).message, ChatMessageTool(content="3", tool_call_id="c")]
+    one, again, other, its_own = (request.prompt_cache_key for request in engine.asked)
+    assert one == again != other == its_own
+
+
+@pytest.mark.parametrize("refusal", [None, RefitRefused("no such folder")])
+def test_new_weights_are_asked_for(refusal: Exception | None) -> None:
+    engine = Scripted(refit=refusal)
+
+    async def refit(url: str) -> RefitReply:
+        async with Client(url) as client:
+            return await client.refit(RefitRequest(weights="/new", in_flight="finish"))
+
+    with serving(engine) as url:
+        if refusal is None:
+            assert anyio.run(refit, url) == RefitReply(policy_epoch=1, seconds=0.5)
+        else:
+            with pytest.raises(ServerError, match="no such folder") as refused:
+                anyio.run(refit, url)
+            assert (refused.value.status, refused.value.passing) == (409, False)
+    assert engine.refits == [RefitRequest(weights="/new", in_flight="finish")]
 
 
 def test_inspect_finds_it_by_name(folder: Path) -> None:
