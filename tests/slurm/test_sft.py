@@ -168,13 +168,13 @@ def test_near_the_time_limit_it_writes_a_checkpoint_queues_again_and_goes_on(
 @pytest.mark.slow
 def test_at_a_real_time_limit_it_does_the_same(slurm: Slurm, config: Path) -> None:
     options = (*TWO_NODES, "--time=1", "--signal=B:USR1@35")  # Slurm looks about twice a minute
-    job = submit(slurm, config, steps=150, options=options, environment=python_with(SLOW, config))
-    ended = slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_seconds=580)
+    job = submit(slurm, config, steps=90, options=options, environment=python_with(SLOW, config))
+    ended = slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_seconds=900)
     log = (config / "log.txt").read_text()
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert all(stopped == resumed for stopped, resumed in stopped_and_resumed(config))
     assert len(attempts(config)) == int(ended["Restarts"]) + 1 > 1
-    assert len(losses(config)) == 150
+    assert len(losses(config)) == 90
 
 
 def test_stopped_by_hand_it_ends_with_75_and_goes_on_with_fewer_processes(slurm: Slurm, config: Path) -> None:

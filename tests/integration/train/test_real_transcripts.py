@@ -10,6 +10,7 @@ import pytest
 from megatron_klong.data.mixture import Mixture
 from megatron_klong.data.preprocess import preprocess
 from megatron_klong.data.shard import Shard
+from megatron_klong.model.conversion.random_weights import write_tiny_model
 from megatron_klong.train.metrics import read_metrics
 from megatron_klong.trajectory.context import ContextPolicy
 from megatron_klong.trajectory.importers import read_transcripts, transcript_files
@@ -29,6 +30,7 @@ FLAGS += ["--optimizer.learning_rate", "5e-3", "--optimizer.warmup_steps", "2", 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     prefix: Path
+    weights: Path
     folder: Path
     tokenizer: Tokenizer
     lines: list[dict[str, Any]]
@@ -59,11 +61,13 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trai
     assert (report.transcripts, report.turns, report.refusals) == (5, 88, [])
     assert report.trained_tokens == report.trainable_tokens
     assert not report.dropped_tokens
+    # random weights of a run's own would be others in another layout
+    weights = root / "weights"
+    write_tiny_model(weights, seed=1, vocabulary_size=tokenizer.vocabulary_size, mtp=False, qk_norm=False)
     folder = root / "run"
-    finish(
-        start(prefix, folder, *FLAGS, "--validation_share", "0.1", "--validate_every_steps", "10"), timeout_seconds=400
-    )
-    return Trained(prefix=prefix, folder=folder, tokenizer=tokenizer, lines=read_metrics(folder))
+    flags = [*FLAGS, "--hugging_face_init", str(weights), "--validation_share", "0.1", "--validate_every_steps", "10"]
+    finish(start(prefix, folder, *flags), timeout_seconds=400)
+    return Trained(prefix=prefix, weights=weights, folder=folder, tokenizer=tokenizer, lines=read_metrics(folder))
 
 
 def test_they_train_and_every_trained_token_is_accounted_for(trained: Trained) -> None:
@@ -106,7 +110,8 @@ def open_held_out(prefix: Path) -> Mixture:
 @pytest.mark.parametrize("layout", ["tensor", "pipeline", "expert", "context"])
 def test_every_layout_takes_the_same_course(layout: str, trained: Trained, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = [*FLAGS, "--validation_share", "0.1", f"--layout.{layout}_parallel", "2", "--export_hugging_face", "false"]
+    flags = [*FLAGS, "--hugging_face_init", str(trained.weights), "--validation_share", "0.1"]
+    flags += [f"--layout.{layout}_parallel", "2", "--export_hugging_face", "false"]
     finish(start(trained.prefix, folder, *flags), timeout_seconds=400)
     course = {line["step"]: line["loss"] for line in read_metrics(folder) if "loss" in line}
     assert course == pytest.approx({line["step"]: line["loss"] for line in trained.lines[1:]}, rel=1e-3)
