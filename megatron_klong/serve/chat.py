@@ -48,7 +48,8 @@ class ChatCompletions:
         asked = read_asked(body, prompt_fields=_PROMPT)
         if (choice := body.get("tool_choice") or "auto") not in ("auto", "none"):
             raise ProtocolError(f"tool_choice: {json.dumps(choice)[:80]}: a policy cannot be made to call; use auto")
-        prompt = prompts.ids(body.get("messages"), body.get("tools"))
+        tools = body.get("tools") if choice == "auto" else None  # what is not offered is not called
+        prompt = prompts.ids(body.get("messages"), tools)
         if "stop_token_ids" not in asked.sampling:
             stops = tuple(tokenizer.control[token] for token in STOP_TOKENS)
             asked = asked.model_copy(update={"sampling": {**asked.sampling, "stop_token_ids": stops}})
@@ -58,7 +59,7 @@ class ChatCompletions:
             delivery=asked.delivery,
             model=model,
             tokenizer=tokenizer,
-            schemas=schemas(body.get("tools")),
+            schemas=schemas(tools),
             one_call=body.get("parallel_tool_calls") is False,
             id=f"chatcmpl-{uuid4().hex}",
             created=int(time.time()),

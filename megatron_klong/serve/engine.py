@@ -37,9 +37,12 @@ from megatron_klong.serve.protocol import (
     DeadlinePassed,
     EngineStopped,
     FinishReason,
+    ProtocolError,
     RefitRefused,
     RefitReply,
     RefitRequest,
+    ReplyError,
+    validated,
 )
 from megatron_klong.serve.replica import Replica
 from megatron_klong.serve.stop_strings import StopStrings
@@ -67,20 +70,25 @@ class _Flight:
         by_token = bool(part.ids) and part.ids[-1] in self.request.stop_token_ids
         return by_token or (self.stop_strings is not None and self.stop_strings.hit(part.ids))
 
-    def completion(self, reason: FinishReason) -> Completion:
+    def completion(self, reason: FinishReason) -> Completion | ReplyError:
+        """What the engine made of it, or why that is no reply."""
         last = self.held[-1]
-        return Completion(
-            prompt_token_ids=self.request.prompt_token_ids,
-            generation_token_ids=tuple(token for part in self.held for token in part.ids),
-            generation_log_probs=tuple(value for part in self.held for value in part.log_probs),
-            top_log_probs=tuple(top for part in self.held for top in part.top_log_probs),
-            finish_reason=reason,
-            policy_epoch=last.policy_epoch,
-            kv_cache_epoch=last.kv_cache_epoch,
-            num_evictions=last.evictions,
-            cached_tokens=last.cached_tokens,
-            moe_topk_indices=last.routes,
-        )
+        fields = {
+            "prompt_token_ids": self.request.prompt_token_ids,
+            "generation_token_ids": tuple(token for part in self.held for token in part.ids),
+            "generation_log_probs": tuple(value for part in self.held for value in part.log_probs),
+            "top_log_probs": tuple(top for part in self.held for top in part.top_log_probs),
+            "finish_reason": reason,
+            "policy_epoch": last.policy_epoch,
+            "kv_cache_epoch": last.kv_cache_epoch,
+            "num_evictions": last.evictions,
+            "cached_tokens": last.cached_tokens,
+            "moe_topk_indices": last.routes,
+        }
+        try:
+            return validated(Completion, fields)
+        except ProtocolError as error:
+            return ReplyError(str(error))
 
 
 @dataclass(kw_only=True, eq=False)

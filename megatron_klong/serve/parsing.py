@@ -108,7 +108,7 @@ def _read_call(ids: Sequence[int], tokenizer: Tokenizer, schemas: Schemas) -> tu
 def _value(text: str, schema: Mapping[str, Any]) -> Any:
     """The template writes text as it is and anything else as JSON; the schema says which it was."""
     members = schema.get("anyOf") or [schema]
-    types = {member.get("type") for member in members}
+    types = {one for member in members for one in _types(member)}
     if types <= {"string", "null"}:
         return None if text == "null" and "null" in types else text
     try:
@@ -117,3 +117,9 @@ def _value(text: str, schema: Mapping[str, Any]) -> Any:
     except (ValueError, RecursionError):
         return text
     return text if isinstance(value, str) else value
+
+
+def _types(schema: Mapping[str, Any]) -> Sequence[Any]:
+    """JSON schema allows one type, a list of them, or none."""
+    kind = schema.get("type")
+    return kind if isinstance(kind, list) else [kind]

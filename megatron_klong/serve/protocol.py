@@ -17,6 +17,8 @@ REFIT = "/v1/refit"
 HEALTH = "/health"
 METRICS = "/metrics"
 
+_LONGEST_STOP = 1000  # characters; the end of a reply that is searched at every token grows with it
+
 type FinishReason = Literal["stop", "length", "deadline"]
 
 
@@ -79,8 +81,8 @@ class CompletionRequest(WireMessage):
 
     @model_validator(mode="after")
     def _stop_strings(self) -> Self:
-        if not all(self.stop):
-            raise ValueError("stop: an empty string ends nothing; leave it out")
+        if not all(1 <= len(string) <= _LONGEST_STOP for string in self.stop):
+            raise ValueError(f"stop: strings have 1 to {_LONGEST_STOP} characters")
         return self
 
     def to_wire(self) -> dict[str, Any]:

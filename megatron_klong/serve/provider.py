@@ -86,7 +86,7 @@ class KlongAPI(ModelAPI):
         prompt = self.prompt_ids(input, tools)
         longest = await self._longest_sequence()
         last = next((message.id for message in reversed(input) if message.role == "assistant"), None)
-        episode = self._episodes.pop(last or "", None) or uuid4().hex
+        episode = self._episodes.get(last or "") or uuid4().hex
         if len(prompt) >= longest:
             raise ProtocolError(f"a prompt of {len(prompt)} tokens leaves no room in the server's {longest}")
         request = CompletionRequest(
@@ -102,6 +102,7 @@ class KlongAPI(ModelAPI):
         completion = await self._connected().complete(request)
         turn = SampledTurn.of(uuid4().hex, completion)
         self.turns.add(turn)
+        self._episodes.pop(last or "", None)
         self._episodes[turn.key] = episode
         return self._output(turn, completion, parse(turn.body, self._tokenizer, _schemas(tools)))
 

@@ -8,6 +8,7 @@ Always (tests/integration/serve): a request that is ended holds no slot and no m
 replaces all weights on all processes or none; policy epochs say for every token by which weights it was sampled.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -161,7 +162,10 @@ class Replica:
             number=number,
             ids=tuple(ids),
             log_probs=tuple(log_probs),
-            top_log_probs=tuple(tuple((int(key), value) for key, value in one.items()) for one in top),
+            # where filters left fewer than were asked for, there are fewer
+            top_log_probs=tuple(
+                tuple((int(key), value) for key, value in one.items() if value > -math.inf) for one in top
+            ),
             finished=record is not None,
             policy_epoch=tuple(last.policy_epoch or ()),
             kv_cache_epoch=tuple(last.kv_cache_epoch or ()),
