@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import megatron_klong.model.megatron_ready  # noqa: F401
@@ -29,73 +28,22 @@ from megatron_klong.model.build import build_model
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.serve import cpu, refit
 from megatron_klong.serve.config import ServeConfig
+from megatron_klong.serve.flight import Flight, RefitAsked
 from megatron_klong.serve.interface import Load, Progress
 from megatron_klong.serve.lockstep import HEARTBEAT_SECONDS, Arrival, Lockstep, Outcome, Round
 from megatron_klong.serve.protocol import (
     Completion,
     CompletionRequest,
-    DeadlinePassed,
     EngineStopped,
-    FinishReason,
-    ProtocolError,
     RefitRefused,
     RefitReply,
     RefitRequest,
-    ReplyError,
-    validated,
 )
 from megatron_klong.serve.replica import Replica
 from megatron_klong.serve.stop_strings import StopStrings
 from megatron_klong.trajectory.tokenizer import Tokenizer
 
 _MEASURE_SECONDS = 1.0
-
-
-@dataclass(kw_only=True, eq=False)
-class _Flight:
-    """A request on its way. `parts` belongs to the event loop of its caller, all else to the engine's thread."""
-
-    number: int
-    request: CompletionRequest
-    streamed: bool
-    loop: asyncio.AbstractEventLoop
-    deadline: float | None
-    stop_strings: StopStrings | None
-    replica: int = 0
-    parts: "asyncio.Queue[Progress | Completion | BaseException]" = field(default_factory=asyncio.Queue)
-    held: list[Progress] = field(default_factory=list)
-
-    def stopped_by(self, part: Progress) -> bool:
-        """Whether a stop token or a stop string ends the reply with this part."""
-        by_token = bool(part.ids) and part.ids[-1] in self.request.stop_token_ids
-        return by_token or (self.stop_strings is not None and self.stop_strings.hit(part.ids))
-
-    def completion(self, reason: FinishReason) -> Completion | ReplyError:
-        """What the engine made of it, or why that is no reply."""
-        last = self.held[-1]
-        fields = {
-            "prompt_token_ids": self.request.prompt_token_ids,
-            "generation_token_ids": tuple(token for part in self.held for token in part.ids),
-            "generation_log_probs": tuple(value for part in self.held for value in part.log_probs),
-            "top_log_probs": tuple(top for part in self.held for top in part.top_log_probs),
-            "finish_reason": reason,
-            "policy_epoch": last.policy_epoch,
-            "kv_cache_epoch": last.kv_cache_epoch,
-            "num_evictions": last.evictions,
-            "cached_tokens": last.cached_tokens,
-            "moe_topk_indices": last.routes,
-        }
-        try:
-            return validated(Completion, fields)
-        except ProtocolError as error:
-            return ReplyError(str(error))
-
-
-@dataclass(kw_only=True, eq=False)
-class _Refit:
-    request: RefitRequest
-    done: "asyncio.Future[RefitReply]"
-    loop: asyncio.AbstractEventLoop
 
 
 class MegatronEngine:
@@ -116,10 +64,10 @@ class MegatronEngine:
         self._ready = threading.Event()
         self._news = asyncio.Event()
         self._stopping = False
-        self._arrived: deque[_Flight] = deque()
-        self._left: deque[_Flight] = deque()
-        self._refits: deque[_Refit] = deque()
-        self._flights: dict[int, _Flight] = {}
+        self._arrived: deque[Flight] = deque()
+        self._left: deque[Flight] = deque()
+        self._refits: deque[RefitAsked] = deque()
+        self._flights: dict[int, Flight] = {}
         self._unfinished = False
         self._measured = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -170,13 +118,13 @@ class MegatronEngine:
     async def refit(self, request: RefitRequest) -> RefitReply:
         """Replace the weights between two steps. Raises RefitRefused (the old ones are served on), EngineStopped."""
         loop = asyncio.get_running_loop()
-        asked = _Refit(request=request, done=loop.create_future(), loop=loop)
+        asked = RefitAsked(request=request, done=loop.create_future(), loop=loop)
         self._tell(self._refits.append, asked)
         return await asked.done
 
     async def _parts(self, request: CompletionRequest, *, streamed: bool) -> AsyncGenerator[Progress | Completion]:
         seconds = request.deadline_seconds
-        flight = _Flight(
+        flight = Flight(
             number=next(self._numbers),
             request=request,
             streamed=streamed,
@@ -226,9 +174,9 @@ class MegatronEngine:
             self._loop.run_until_complete(asyncio.sleep(0))  # what was handed over just now
             self._loop.close()
             for flight in (*self._flights.values(), *self._arrived):
-                self._give(flight, self._stopped())
+                flight.give(self._stopped())
             for asked in self._refits:
-                _settle(asked, self._stopped())
+                asked.settle(self._stopped())
             destroy()
             self._ready.set()
             if self.failure is not None and self.on_failure is not None:
@@ -304,17 +252,17 @@ class MegatronEngine:
             fault = (
                 f"policy_epoch {wanted} is not above {self.policy_epoch}, which is served; count on, or leave it out"
             )
-            _settle(self._refits.popleft(), RefitRefused(fault))
+            self._refits.popleft().settle(RefitRefused(fault))
 
     def _epoch_of(self, asked: RefitRequest) -> int:
         return self.policy_epoch + 1 if asked.policy_epoch is None else asked.policy_epoch
 
-    def _ended(self) -> list[_Flight]:
+    def _ended(self) -> list[Flight]:
         """Flights whose callers left or whose time is over; they are no flights any more."""
         now = time.monotonic()
         for flight in (*self._flights.values(), *self._arrived):
             if flight.deadline is not None and now > flight.deadline:
-                self._give(flight, flight.completion("deadline") if flight.held else DeadlinePassed(_too_late(flight)))
+                flight.give(flight.completion("deadline") if flight.held else flight.too_late())
                 self._left.append(flight)
         ended = [flight for flight in self._left if self._flights.pop(flight.number, None)]
         for flight in self._left:
@@ -323,7 +271,7 @@ class MegatronEngine:
         self._left.clear()
         return ended
 
-    def _taken_up(self, flight: _Flight, replicas: int) -> Arrival:
+    def _taken_up(self, flight: Flight, replicas: int) -> Arrival:
         flight.replica = self._replica_for(flight.request, replicas)
         self._flights[flight.number] = flight
         seed = flight.request.seed
@@ -354,49 +302,23 @@ class MegatronEngine:
                 continue
             stopped = flight.stopped_by(part)
             if flight.streamed and part.ids:
-                self._give(flight, part)
+                flight.give(part)
             if part.finished:
                 self._finish(flight, flight.completion("stop" if stopped else "length"))
             elif stopped:
                 self._left.append(flight)
-                self._give(flight, flight.completion("stop"))
+                flight.give(flight.completion("stop"))
         if outcome.loads:
             self.loads = outcome.loads
 
     def _refitted(self, round_: Round, outcome: Outcome) -> None:
         asked = self._refits.popleft()
         if outcome.fault is not None:
-            _settle(asked, RefitRefused(f"policy {self.policy_epoch} is served on: {outcome.fault}"))
+            asked.settle(RefitRefused(f"policy {self.policy_epoch} is served on: {outcome.fault}"))
             return
         self.policy_epoch = round_.policy_epoch
-        _settle(asked, RefitReply(policy_epoch=self.policy_epoch, seconds=outcome.seconds))
+        asked.settle(RefitReply(policy_epoch=self.policy_epoch, seconds=outcome.seconds))
 
-    def _finish(self, flight: _Flight, *results: Progress | Completion | BaseException) -> None:
+    def _finish(self, flight: Flight, *results: Progress | Completion | BaseException) -> None:
         del self._flights[flight.number]
-        self._give(flight, *results)
-
-    @staticmethod
-    def _give(flight: _Flight, *results: Progress | Completion | BaseException) -> None:
-        def give() -> None:
-            for result in results:
-                flight.parts.put_nowait(result)
-
-        with contextlib.suppress(RuntimeError):  # the caller's loop has ended
-            flight.loop.call_soon_threadsafe(give)
-
-
-def _too_late(flight: _Flight) -> str:
-    return f"deadline_seconds {flight.request.deadline_seconds} passed before a token was sampled"
-
-
-def _settle(asked: _Refit, result: RefitReply | BaseException) -> None:
-    def settle() -> None:
-        if asked.done.done():
-            return
-        if isinstance(result, BaseException):
-            asked.done.set_exception(result)
-        else:
-            asked.done.set_result(result)
-
-    with contextlib.suppress(RuntimeError):
-        asked.loop.call_soon_threadsafe(settle)
+        flight.give(*results)

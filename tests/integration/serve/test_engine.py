@@ -17,8 +17,10 @@ from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.protocol import CompletionRequest
 from megatron_klong.trajectory.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY
+from tests.integration.model.launch import launch
 from tests.integration.serve.served import VOCABULARY, Server, assert_log_probabilities, complete, prompts, serving
 
+SCRIPT = Path(__file__).with_name("trainer_log_probs.py")
 LONGEST = 2048
 SLOTS = 4
 
@@ -126,6 +128,21 @@ def test_frequencies_are_those_of_the_model(server: Server, reference: torch.nn.
     assert counts[kept].sum() == 20_000
     chi_squared = float(((counts[kept] - expected) ** 2 / expected).sum())
     assert chi_squared < len(kept) - 1 + 4 * (2 * (len(kept) - 1)) ** 0.5
+
+
+def test_the_trainer_finds_the_same_log_probabilities(server: Server, weights: Path, tmp_path: Path) -> None:
+    """For 10,000 sampled tokens, with the model as training builds and calls it: the mismatch that RL logs."""
+    lengths = [3, 30, 90, 140, 500] * 5
+    requests = [CompletionRequest(prompt_token_ids=prompt, max_tokens=400) for prompt in prompts(*lengths, seed=12)]
+    completions = complete(server, requests)
+    sampled, found = tmp_path / "sampled.json", tmp_path / "found.json"
+    sampled.write_text(json.dumps([(one.prompt_token_ids, one.generation_token_ids) for one in completions]))
+    launch(SCRIPT, str(weights), str(sampled), str(found), processes=1)
+    trainer = torch.tensor([value for values in json.loads(found.read_text()) for value in values]).double()
+    engine = torch.tensor([value for one in completions for value in one.generation_log_probs]).double()
+    assert len(engine) == 10_000
+    assert float((trainer - engine).abs().max()) < 1e-5
+    assert float((trainer - engine).exp().mean()) == pytest.approx(1, abs=1e-4)
 
 
 def test_strings_end_a_reply_at_the_token_that_completes_them(

@@ -1,6 +1,5 @@
 """A real server with a tiny random model: what it samples, and with which log-probability, transformers agrees with."""
 
-import json
 import os
 import signal
 import subprocess
@@ -24,10 +23,8 @@ from megatron_klong.trajectory.schema import Message, Role
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from tests.conftest import REPOSITORY
-from tests.integration.model.launch import launch
 from tests.integration.serve.served import (
     LIMIT,
-    TOLERANCE,
     VOCABULARY,
     Server,
     assert_log_probabilities,
@@ -38,7 +35,6 @@ from tests.integration.serve.served import (
     serving,
 )
 
-SCRIPT = Path(__file__).with_name("trainer_log_probs.py")
 ASSISTANT = Message(role=Role.ASSISTANT)
 
 
@@ -81,17 +77,6 @@ def test_many_requests_at_once_have_exact_log_probabilities(
         else:
             assert len(ids) == request.max_tokens
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
-
-
-def test_the_trainer_finds_the_same_log_probabilities(server: Server, weights: Path, tmp_path: Path) -> None:
-    """For every sampled token, with the model as training builds and calls it."""
-    requests = [CompletionRequest(prompt_token_ids=prompt, max_tokens=40) for prompt in prompts(3, 30, 90, 140)]
-    completions = complete(server, requests)
-    sampled, found = tmp_path / "sampled.json", tmp_path / "found.json"
-    sampled.write_text(json.dumps([(one.prompt_token_ids, one.generation_token_ids) for one in completions]))
-    launch(SCRIPT, str(weights), str(sampled), str(found), processes=1)
-    for completion, values in zip(completions, json.loads(found.read_text()), strict=True):
-        assert completion.generation_log_probs == pytest.approx(values, abs=TOLERANCE, rel=0)
 
 
 def test_log_probabilities_are_of_what_the_filters_leave(server: Server, reference: torch.nn.Module) -> None:
