@@ -23,6 +23,7 @@ ABLATION = "split_ablation"
 ARGUMENTS = {
     "convert": ["--layers", "12", "--rounds", "2"],
     "model_step": ["--rounds", "9"],
+    "serve": ["--requests", "6"],
     ABLATION: ["--results", str(RESULTS)],
 }
 
