@@ -50,6 +50,7 @@ from megatron_klong.serve.protocol import (
     RefitRefused,
     RefitRequest,
     ReplyError,
+    validated,
 )
 from megatron_klong.serve.streams import Piece, pieces, replies
 from megatron_klong.serve.wire import read_json
@@ -126,7 +127,7 @@ class Front:
         return await self._answer(request, asked)
 
     async def refit(self, request: Request) -> Response:
-        asked = RefitRequest.from_wire(read_json(await self._body(request)))
+        asked = validated(RefitRequest, dict(read_json(await self._body(request))))
         reply = await self._engine.refit(asked)
         return JSONResponse(reply.model_dump(mode="json"))
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 from megatron_klong.serve.completions import copies, usage, without_stop
 from megatron_klong.serve.interface import Progress
 from megatron_klong.serve.parsing import ParsedCall, ParsedTurn, Schemas
-from megatron_klong.serve.prompts import STOP_TOKENS, Prompts, schemas
+from megatron_klong.serve.prompts import Prompts, schemas, stop_ids
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError
 from megatron_klong.serve.turn_stream import Part, TurnStream
 from megatron_klong.serve.wire import Delivery, read_asked
@@ -50,10 +50,7 @@ class ChatCompletions:
             raise ProtocolError(f"tool_choice: {json.dumps(choice)[:80]}: a policy cannot be made to call; use auto")
         tools = body.get("tools") if choice == "auto" else None  # what is not offered is not called
         prompt = prompts.ids(body.get("messages"), tools)
-        if "stop_token_ids" not in asked.sampling:
-            stops = tuple(tokenizer.control[token] for token in STOP_TOKENS)
-            asked = asked.model_copy(update={"sampling": {**asked.sampling, "stop_token_ids": stops}})
-        request = asked.request(prompt, max_tokens=max(1, longest - len(prompt)))
+        request = asked.stopping_at(stop_ids(tokenizer)).request(prompt, max_tokens=max(1, longest - len(prompt)))
         return cls(
             requests=copies(request, asked),
             delivery=asked.delivery,

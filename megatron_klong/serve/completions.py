@@ -7,7 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from megatron_klong.serve.interface import Progress
-from megatron_klong.serve.prompts import STOP_TOKENS
+from megatron_klong.serve.prompts import stop_ids
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError
 from megatron_klong.serve.stop_strings import cut
 from megatron_klong.serve.turn_stream import TextStream
@@ -35,9 +35,8 @@ class TextCompletions:
         """Raises ProtocolError, naming the field."""
         asked = read_asked(body, prompt_fields=_PROMPT)
         prompts, is_text = _prompts(body.get("prompt"), tokenizer)
-        if is_text and tokenizer is not None and "stop_token_ids" not in asked.sampling:
-            stops = tuple(tokenizer.control[token] for token in STOP_TOKENS)
-            asked = asked.model_copy(update={"sampling": {**asked.sampling, "stop_token_ids": stops}})
+        if is_text and tokenizer is not None:
+            asked = asked.stopping_at(stop_ids(tokenizer))
         one_each = [asked.request(prompt, max_tokens=DEFAULT_MAX_TOKENS) for prompt in prompts]
         return cls(
             requests=[copy for request in one_each for copy in copies(request, asked)],

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_klong.config import Config
+from megatron_klong.config import Config, ConfigError
 from megatron_klong.model.config import LayoutConfig
 
 
@@ -29,6 +29,14 @@ class EngineConfig(Config):
     """How the processes divide the model; what is left over are replicas."""
     prefix_cache: bool = True
     """Keep what was read, prompts and replies, for later prompts that begin with it."""
+
+    def check_cache(self, places: int) -> None:
+        """Raises ConfigError unless a cache of so many tokens holds the longest request."""
+        if places < self.max_sequence_length:
+            raise ConfigError(
+                f"kv_cache_gib {self.kv_cache_gib} holds {places} tokens, less than one request of max_sequence_length "
+                f"{self.max_sequence_length}; raise the one or lower the other"
+            )
 
 
 class ServeConfig(EngineConfig):

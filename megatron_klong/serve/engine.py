@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
@@ -284,7 +285,7 @@ class MegatronEngine:
         if replicas == 1:
             return 0
         if request.prompt_cache_key is not None:
-            return sum(request.prompt_cache_key.encode()) % replicas
+            return zlib.crc32(request.prompt_cache_key.encode()) % replicas
         busy = [0] * replicas
         for flight in self._flights.values():
             busy[flight.replica] += 1

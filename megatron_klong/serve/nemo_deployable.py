@@ -165,9 +165,4 @@ def _set_up(engine: Any, config: ServeConfig) -> None:
         setattr(owner, name, value)
     replica = controller.sampling_rng.initial_seed() - controller.model_config.inference_sampling_seed
     controller.sampling_rng.manual_seed((config.seed * _REPLICAS + replica) % 2**63)
-    places = (context.kv_block_allocator.total_count - 1) * context.block_size_tokens  # a block is set aside
-    if places < config.max_sequence_length:
-        raise ConfigError(
-            f"kv_cache_gib {config.kv_cache_gib} holds {places} tokens, less than one request of max_sequence_length "
-            f"{config.max_sequence_length}; raise the one or lower the other"
-        )
+    config.check_cache((context.kv_block_allocator.total_count - 1) * context.block_size_tokens)  # a block is set aside

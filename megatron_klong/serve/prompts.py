@@ -17,6 +17,13 @@ from megatron_klong.trajectory.tokenizer import Tokenizer
 
 STOP_TOKENS = ("<|observation|>", "<|user|>", "<|endoftext|>")
 """What ends a turn of the model."""
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Those tokens' ids."""
+    return tuple(tokenizer.control[token] for token in STOP_TOKENS)
+
+
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "tool": Role.TOOL}
 
 
@@ -25,7 +32,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._renderer = GlmRenderer(tokenizer)
-        self._stops = frozenset(tokenizer.control[token] for token in STOP_TOKENS)
+        self._stops = frozenset(stop_ids(tokenizer))
 
     def ids(self, messages: Any, tools: Any) -> list[int]:
         """Of a whole conversation. Raises ProtocolError, naming the message."""

@@ -152,13 +152,6 @@ class RefitRequest(WireMessage):
     in_flight: Literal["continue", "finish"] = "continue"
     """Whether requests in flight go on under the new weights, their context read anew, or are waited for."""
 
-    @classmethod
-    def from_wire(cls, body: Any) -> Self:
-        """Read a body. Raises ProtocolError, naming the field."""
-        if not isinstance(body, dict):
-            raise ProtocolError("the body is no JSON object")
-        return validated(cls, body)
-
 
 class RefitReply(WireMessage):
     """seconds: how long no token was sampled."""

@@ -33,7 +33,7 @@ from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.parsing import ParsedTurn, parse
-from megatron_klong.serve.prompts import STOP_TOKENS
+from megatron_klong.serve.prompts import stop_ids
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
 from megatron_klong.serve.turns import SampledTurn, TurnStore
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -68,7 +68,7 @@ class KlongAPI(ModelAPI):
         super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
         self._tokenizer = load_tokenizer(Path(tokenizer))
         self._renderer = GlmRenderer(self._tokenizer)
-        self._stop_ids = tuple(self._tokenizer.control[token] for token in STOP_TOKENS)
+        self._stop_ids = stop_ids(self._tokenizer)
         self._text_ids = functools.lru_cache(maxsize=8192)(self._encode_text_message)
         self._parsed = functools.lru_cache(maxsize=8192)(self._parse_turn)
         self._longest: int | None = None

@@ -25,7 +25,6 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.models.gpt import GPTModel
 
-from megatron_klong.config import ConfigError
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Load, Progress
@@ -55,11 +54,6 @@ class Replica:
         self._to_host = controller._transfer_samples_to_cpu
         controller._transfer_samples_to_cpu = self._note_samples
         controller.set_stop_word_finished_ids_callback(self._ended_now)
-
-    @property
-    def policy_epoch(self) -> int:
-        """Of the weights that tokens are sampled with now."""
-        return int(self._engine._generation_epoch)
 
     def add(self, number: int, request: CompletionRequest, *, seed: int) -> None:
         """Take up a request; numbers rise and none comes twice."""
@@ -149,12 +143,12 @@ class Replica:
             return None
         requests = (record or self._engine.requests[number].record).requests
         told = self._told[number]
-        ids = _joined(requests, "generated_tokens")[told:]
+        ids = _since(told, (request.generated_tokens for request in requests))
         if record is None and not ids:
             return None
         self._told[number] = told + len(ids)
-        log_probs = _joined(requests, "generated_log_probs")[told:]
-        top = _top(requests)[told:] if asked.top_logprobs else []
+        log_probs = _since(told, (request.generated_log_probs for request in requests))
+        top = _since(told, map(_top, requests)) if asked.top_logprobs else []
         last = requests[-1]
         if record is not None:
             self._forget(number)
@@ -216,12 +210,7 @@ def _engine(model: GPTModel, config: ServeConfig) -> Any:
     context = DynamicInferenceContext(model.config, settings)
     controller = TextGenerationController(GPTInferenceWrapper(model, context), _Ids())
     engine = DynamicInferenceEngine(controller, context)
-    places = (context.kv_block_allocator.total_count - 1) * config.block_tokens  # a block is set aside
-    if places < config.max_sequence_length:
-        raise ConfigError(
-            f"kv_cache_gib {config.kv_cache_gib} holds {places} tokens, less than one request of max_sequence_length "
-            f"{config.max_sequence_length}; raise the one or lower the other"
-        )
+    config.check_cache((context.kv_block_allocator.total_count - 1) * config.block_tokens)  # a block is set aside
     return engine
 
 
@@ -249,18 +238,20 @@ def _sampling_parameters(request: CompletionRequest) -> SamplingParams:
     )
 
 
-def _joined(requests: Sequence[Any], field: str) -> list[Any]:
-    """Over the parts of a request that was evicted or re-read in between."""
-    return [value for request in requests for value in getattr(request, field) or ()]
-
-
-def _top(requests: Sequence[Any]) -> list[dict[str, float]]:
-    """The likeliest of each sampled token; upstream adds one a part of the prompt that is read by itself."""
-    found = []
-    for request in requests:
-        if request.generated_tokens:
-            found += request.generated_top_n_logprobs[-len(request.generated_tokens) :]
+def _since[Value](told: int, parts: Iterable[Sequence[Value] | None]) -> list[Value]:
+    """What comes behind the first so many, over the parts of a request that was evicted or re-read in between."""
+    found: list[Value] = []
+    for part in parts:
+        values = part or ()
+        found += values[told:]
+        told = max(0, told - len(values))
     return found
+
+
+def _top(request: Any) -> Sequence[dict[str, float]]:
+    """The likeliest of each sampled token; upstream adds one a part of the prompt that is read by itself."""
+    sampled = len(request.generated_tokens)
+    return request.generated_top_n_logprobs[-sampled:] if sampled else ()
 
 
 def _from_now(

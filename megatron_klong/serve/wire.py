@@ -71,6 +71,10 @@ class Asked(_Strict):
     stop: tuple[str, ...] = ()
     delivery: Delivery
 
+    def stopping_at(self, ids: Sequence[int]) -> "Asked":
+        """With these stop tokens, unless the body has its own."""
+        return self.model_copy(update={"sampling": {"stop_token_ids": tuple(ids), **self.sampling}})
+
     def request(self, prompt: Sequence[int], *, max_tokens: int) -> CompletionRequest:
         """Of one prompt. Raises ProtocolError, naming the field."""
         fields = {

@@ -1,4 +1,7 @@
-"""The front over real HTTP: who is answered, what is refused with which words, and what replies hold."""
+"""The front over real HTTP: who is answered, what is refused with which words, and what replies hold.
+
+Headers in bytes, which httpx takes and its types do not know, are why type errors are ignored.
+"""
 
 import time
 from collections.abc import Iterator

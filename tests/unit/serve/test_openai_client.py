@@ -1,4 +1,7 @@
-"""OpenAI's own client, as it comes, against the front: what it expects is what it gets."""
+"""OpenAI's own client, as it comes, against the front: what it expects is what it gets.
+
+Its types know neither the fields we add nor messages handed back as plain objects: so the ignored type errors.
+"""
 
 import asyncio
 import json
