@@ -3,8 +3,10 @@
 import random
 import socket
 
-_BELOW_THE_EPHEMERAL = range(10_000, 32_000)
-"""Linux takes the local ends of connections from 32768 on: a port from there can be lost before it is used."""
+_NOBODY_ELSES = range(10_000, 20_000)
+"""Linux takes the local ends of connections from 32768 on: a port from there can be lost before it is used.
+
+The processes of a Slurm job meet between 20000 and 30000."""
 
 
 def free_port() -> int:
@@ -15,7 +17,7 @@ def free_port() -> int:
 def free_ports(count: int) -> list[int]:
     """So many different ones."""
     found: list[int] = []
-    for port in random.sample(_BELOW_THE_EPHEMERAL, len(_BELOW_THE_EPHEMERAL)):
+    for port in random.sample(_NOBODY_ELSES, len(_NOBODY_ELSES)):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

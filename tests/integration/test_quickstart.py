@@ -198,8 +198,11 @@ def test_killed_with_sigkill_its_workers_and_sandboxes_end_too(tmp_path: Path, s
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    time.sleep(10)
-    assert len(_processes_that_know(str(scratch))) >= 4  # itself, the teachers, two workers
+    deadline = time.monotonic() + 120
+    while len(_processes_that_know(str(scratch))) < 4:  # itself, the teachers, two workers
+        assert started.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     started.kill()
     started.wait()
     deadline = time.monotonic() + 10

@@ -6,6 +6,7 @@ session, however it ends. Nodes claim more CPUs than there are; nothing confines
 
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -52,6 +53,7 @@ SlurmdParameters=config_overrides
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 KillWait=3
+FirstJobId={first_job}
 ReturnToService=2
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=00:10:00 DefMemPerCPU=64 State=UP
@@ -131,7 +133,9 @@ def _write_config(folder: Path, nodes: int) -> None:
     host = socket.gethostname().split(".")[0]
     port, *node_ports = free_ports(nodes + 1)
     lines = [_NODE.format(number=n, host=host, port=p) for n, p in enumerate(node_ports, 1)]
-    content = _CONFIG.format(host=host, port=port, folder=folder, nodes="\n".join(lines))
+    # The port at which a job's processes meet follows from its number, and two sessions may run side by side.
+    first_job = random.randrange(1, 9000)
+    content = _CONFIG.format(host=host, port=port, folder=folder, first_job=first_job, nodes="\n".join(lines))
     (folder / "slurm.conf").write_text(content)
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
