@@ -182,6 +182,17 @@ class ContextTracker:
         if self.context_tokens + self.policy.reserve_tokens > self.policy.max_tokens:
             self._cut(WindowEnd.OVERFLOW, self.policy.reserve_tokens)
 
+    def halve_history(self) -> bool:
+        """End the window and keep the newest whole turns that fit half its history, for an engine with less room.
+
+        False if there was nothing to leave out.
+        """
+        visible = self.context_tokens
+        limit = (visible - self._tokens(0, self._prefix_stop)) // 2
+        self._close(WindowEnd.OVERFLOW)
+        self._keep_history(self.policy.reserve_tokens, limit)
+        return self.context_tokens < visible
+
     def add_turn(self, message: RenderedMessage) -> None:
         """Append an assistant message. One that is longer than the reserve may need a further cut, or be dropped."""
         tokens = sum(map(len, message.segments)) + 1  # the token that ends it
@@ -267,11 +278,11 @@ class ContextTracker:
         self._close(end)
         self._keep_history(needed_tokens)
 
-    def _keep_history(self, needed_tokens: int) -> None:
+    def _keep_history(self, needed_tokens: int, keep_tokens: int | None = None) -> None:
         """Keep the newest whole turns that fit `keep`, and at least the newest one where the window has room."""
         prefix_tokens = self._tokens(0, self._prefix_stop)
         room = self.policy.max_tokens - needed_tokens - prefix_tokens
-        limit = min(room, self.policy.keep_tokens(prefix_tokens))
+        limit = min(room, self.policy.keep_tokens(prefix_tokens) if keep_tokens is None else keep_tokens)
         stop = len(self._segments)
         oldest = max(self._history_start, self._prefix_stop)
         start = stop

@@ -53,6 +53,7 @@ class MessageRecord(_Record):
     reading: Reading = Reading.NONE
     trained: bool = True
     sampled: SampledRecord | None = None
+    halved: int = 0
 
     @classmethod
     def of(cls, message: Message) -> Self:
@@ -68,6 +69,7 @@ class MessageRecord(_Record):
             reading=message.reading,
             trained=message.trained,
             sampled=SampledRecord.of(message.sampled) if message.sampled else None,
+            halved=message.halved,
         )
 
     def message(self) -> Message:
@@ -82,6 +84,7 @@ class MessageRecord(_Record):
             reading=self.reading,
             trained=self.trained,
             sampled=self.sampled.sampled() if self.sampled else None,
+            halved=self.halved,
         )
 
 

@@ -75,7 +75,9 @@ class GlmRenderer:
             segments = self._assistant(message)
         else:
             segments = self._text_message(message, previous)
-        return RenderedMessage(role=message.role, reading=message.reading, segments=tuple(segments))
+        return RenderedMessage(
+            role=message.role, reading=message.reading, segments=tuple(segments), halved=message.halved
+        )
 
     def closing(self, last: Message | None) -> tuple[Segment, ...]:
         """The token that ends the last turn when no message follows: what the model would have had to say."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_klong.trajectory.context import ContextPolicy, ContextTracker
+from megatron_klong.trajectory.context import ContextError, ContextPolicy, ContextTracker
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.schema import Message
 from megatron_klong.trajectory.segments import RenderedMessage, Segment
@@ -88,6 +88,22 @@ class LiveContext:
     def next_prompt(self) -> Prompt:
         """Make room for a turn and say what to send."""
         self._tracker.next_turn()
+        return self._prompt()
+
+    def halve_history(self) -> Prompt:
+        """What to send instead, with half the history, after an engine called the prompt too long. ContextError.
+
+        The reply's message must say how often this was done (`Message.halved`), or the splitter cuts otherwise.
+        """
+        if not self._tracker.halve_history():
+            raise ContextError(
+                f"the engine calls a prompt of {self._tracker.context_tokens} tokens too long that holds no more than "
+                f"the task, its reading and one turn; lower max_tokens, {self._tracker.policy.max_tokens}, to what it "
+                "serves"
+            )
+        return self._prompt()
+
+    def _prompt(self) -> Prompt:
         self._hash(self._unhashed)
         fingerprint = self._fingerprint()
         return Prompt(

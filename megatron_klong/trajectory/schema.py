@@ -61,6 +61,7 @@ class Message:
     """One message. `reasoning`, `tool_calls`, `sampled` belong to assistants, `tool_call_id` and `reading` to tools.
 
     time_seconds: when it was written, as Unix time.  trained: false for whatever its provenance forbids.
+    halved: how often history was halved before this turn because the engine still called the prompt too long.
     """
 
     role: Role
@@ -73,6 +74,7 @@ class Message:
     provenance: Provenance = Provenance.MODEL
     time_seconds: float | None = None
     sampled: Sampled | None = None
+    halved: int = 0
 
     def __post_init__(self) -> None:
         if self.provenance is not Provenance.MODEL:

@@ -61,6 +61,7 @@ class RenderedMessage:
     role: Role
     reading: Reading
     segments: tuple[Segment, ...]
+    halved: int = 0  # as in Message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,8 @@ def split(rendered: RenderedTranscript, policy: ContextPolicy) -> SplitPlan:
     for message in rendered.messages[head_stop:]:
         if message.role is Role.ASSISTANT:
             tracker.next_turn()
+            for _ in range(message.halved):
+                tracker.halve_history()
             tracker.add_turn(message)
         else:
             tracker.add_message(message)

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_klong.trajectory.context import ContextError, ContextPolicy, DropReason, Window, WindowEnd
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -272,6 +274,53 @@ def _results_follow_their_calls(segments: list[Segment], inside: list[int]) -> b
             if before not in kept:
                 return False
     return True
+
+
+@settings(max_examples=200)
+@given(transcripts(), policies(), st.randoms(use_true_random=False))
+def test_live_agent_and_splitter_agree_on_history_halved_for_an_engine(
+    made: Transcript, rule: ContextPolicy, chance: Random
+) -> None:
+    rendered = RENDERER.transcript(made)
+    try:
+        live = LiveContext(RENDERER, rule, made.tools, made.messages[: rendered.head_stop])
+    except ContextError:
+        return
+    seen = []
+    for message in made.messages[rendered.head_stop :]:
+        if message.role is not Role.ASSISTANT:
+            live.add_message(message)
+            continue
+        prompt, halved = live.next_prompt(), 0
+        while chance.random() < 0.3:
+            before = prompt.fingerprint.tokens
+            try:
+                prompt = live.halve_history()
+            except ContextError:
+                assert seen == list(prompt_fingerprints(replace(made, messages=tuple(live.messages)), RENDERER, rule))
+                return
+            halved += 1
+            assert prompt.fingerprint.tokens < before
+        fingerprint = live.add_turn(replace(message, halved=halved))
+        if fingerprint is not None:
+            seen.append(fingerprint)
+    assert seen == list(prompt_fingerprints(replace(made, messages=tuple(live.messages)), RENDERER, rule))
+
+
+def test_halving_keeps_the_newest_whole_turns_of_half_the_history() -> None:
+    live = LiveContext(RENDERER, policy(400, reserve=30, keep=200), (), [system("s"), user("t")])
+    for message in working_turns(4):
+        if message.role is Role.ASSISTANT:
+            live.next_prompt()
+            live.add_turn(message)
+        else:
+            live.add_message(message)
+    assert live.next_prompt().visible == tuple(range(10))
+    # Four turns of 40: half of them, then one, then there is nothing to leave out.
+    assert live.halve_history().visible == (0, 1, 6, 7, 8, 9)
+    assert live.halve_history().visible == (0, 1, 8, 9)
+    with pytest.raises(ContextError, match="lower max_tokens, 400, to what it serves"):
+        live.halve_history()
 
 
 @settings(max_examples=200)
