@@ -1,51 +1,33 @@
-"""One sandbox: a directory of its own, in which each command runs under bubblewrap in namespaces of its own.
+"""Sandboxes by bubblewrap: nothing outside them can be read or changed, and no privilege is needed to make them.
 
-Always:
-- inside there is the read-only system of the host, an own /home and /tmp that last as long as the sandbox, no
-  network, no process, environment or other file of the host, and no privilege: not root, not even outside;
-- files last from command to command, processes do not: whatever a command started is dead when `run` returns
-  or raises, also after a timeout, a cancellation, too much output, or kill -9 of this process;
-- files move in and out through commands run inside, so that a symbolic link leads nowhere else;
-- when this cannot be had, everything raises SandboxUnavailable; nothing ever runs outside of a sandbox.
+Always (see also `sandbox`):
+- inside there is a read-only system (the host's, or an unpacked image's), an own /home and /tmp that last as long
+  as the sandbox, no network but one that was given, no process, environment or other file of the host, and no
+  privilege: not root, not even outside;
+- whatever bubblewrap cannot do here is found out by a probe, a real sandbox, before the first one is made.
 
-Not limited: the sum of memory over a sandbox's processes (each has its own limit), and the disk space of
-/home and /tmp. Both are the machine's to limit: a cgroup around the runner, a quota or a file system of its
-own for TMPDIR.
-
-Needs Linux 5.14, bubblewrap 0.8 and an asyncio event loop. Tested in tests/unit/sandbox/.
+Needs bubblewrap 0.8. Tested in tests/unit/sandbox/ and attacked in tests/integration/sandbox/.
 """
 
 import asyncio
-import atexit
-import errno
-import logging
 import os
-import posixpath
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from megatron_klong.sandbox.command_line import GO, GO_WITH_INPUT, HOME, SHELL_NAME, STARTED, Tools, sandboxed
-from megatron_klong.sandbox.directories import (
-    REMOVE_SECONDS,
-    ROOT_RUNS_AS_UID,
-    make_sandbox_directory,
-    reap_stale,
-    remove,
-    remove_command,
-    remove_runner_directory,
-    stale_directories,
-)
-from megatron_klong.sandbox.limits import KIB, MIB, SandboxLimits
-from megatron_klong.sandbox.process import Child, outlast_cancellation
+from megatron_klong.sandbox.backend import SandboxNetwork
+from megatron_klong.sandbox.command_line import BubblewrapBackend, Tools
+from megatron_klong.sandbox.directories import reap_stale
+from megatron_klong.sandbox.limits import SandboxLimits
 from megatron_klong.sandbox.results import (
     CommandResult,
     CommandTimeout,
     OutputLimitExceeded,
     SandboxUnavailable,
 )
+from megatron_klong.sandbox.sandbox import Sandbox, close_all, directory_for
+from megatron_klong.sandbox.transfer import MISSING_TOOLS
 
 __all__ = [
     "Bubblewrap",
@@ -59,24 +41,9 @@ __all__ = [
 ]
 
 PROBE_SECONDS = 20.0
-TRANSFER_SECONDS = 300.0  # a file or an archive; longer means that it hangs, on a named pipe for instance
-
-_MISSING_TOOLS = 'for tool in cat mkdir rm tar tee; do command -v "$tool" >/dev/null || printf "%s " "$tool"; done'
-_WRITE_FILE = """parent=${1%/*}
-[ -z "$parent" ] || mkdir -p -- "$parent" || exit 1
-[ ! -p "$1" ] || { echo "sandbox: $1: Invalid argument" >&2; exit 1; }
-exec tee -- "$1" >/dev/null"""
-_READ_FILE = """[ ! -p "$1" ] || { echo "sandbox: $1: Invalid argument" >&2; exit 1; }
-exec cat -- "$1" """
-_WRITE_ARCHIVE = 'mkdir -p -- "$1" && exec tar --extract --no-same-owner --directory "$1" --file -'
-_READ_ARCHIVE = 'exec tar --create --ignore-failed-read --directory "$1" --file - .'
-
-logger = logging.getLogger(__name__)
 
 _tools: Tools | None = None  # what the probe found, once it succeeded
 _unavailable: str | None = None  # why not, once it failed
-_stale_reaped = False
-_open: set["Bubblewrap"] = set()
 
 
 async def check_available() -> None:
@@ -84,185 +51,63 @@ async def check_available() -> None:
     await _available_tools()
 
 
-class Bubblewrap:
-    """A sandbox; make it with `create`, and `close` it, or use it as `async with`."""
-
-    def __init__(self, *, tools: Tools, directory: Path, limits: SandboxLimits) -> None:
-        self._tools = tools
-        self._directory = directory
-        self._limits = limits
-        self._running: set[Child] = set()
-        self._closing: asyncio.Task[None] | None = None
+class Bubblewrap(Sandbox):
+    """A sandbox made by bubblewrap."""
 
     @classmethod
-    async def create(cls, *, limits: SandboxLimits | None = None, label: str = "sandbox") -> Self:
-        """A new, empty sandbox. `label` shows in the name of its directory. SandboxUnavailable."""
-        global _stale_reaped
-        tools = await _available_tools()
-        if not _stale_reaped:
-            _stale_reaped = True
-            for directory in stale_directories():
-                await _remove(directory)
-        sandbox = cls(tools=tools, directory=_directory_for(label), limits=limits or SandboxLimits())
-        _open.add(sandbox)
-        return sandbox
-
-    async def run(
-        self,
-        command: Sequence[str],
+    async def create(
+        cls,
         *,
-        input: bytes | None = None,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout_seconds: float | None = None,
-        output_bytes: int | None = None,
-    ) -> CommandResult:
-        """Run a command to its end and kill all that it leaves running.
+        limits: SandboxLimits | None = None,
+        network: SandboxNetwork | None = None,
+        environment: Mapping[str, str] | None = None,
+        read_only_files: Mapping[str, Path] | None = None,
+        image: Path | None = None,
+        label: str = "sandbox",
+    ) -> Self:
+        """A new, empty sandbox.
 
-        `cwd` is taken from /home; `env` is added to PATH, HOME and LANG; `output_bytes` replaces the limit of
-        the sandbox for this command. Raises TimeoutError (CommandTimeout, with what was printed),
-        OutputLimitExceeded, SandboxUnavailable. A command that cannot be started is a result with returncode
-        126 or 127.
+        `network`: its namespace, for all commands of the sandbox; without one each command has an empty one.
+        `environment`: variables of every command. `read_only_files`: {absolute path inside: file or directory of
+        the host}. `image`: an unpacked root file system, in place of the host's programs. `label` shows in the
+        name of its directory. Raises SandboxUnavailable, ValueError.
         """
-        limit_bytes = output_bytes or self._limits.output_bytes
-        return await self._run(
-            command,
-            input=input,
-            cwd=cwd,
-            env=env,
-            timeout_seconds=timeout_seconds,
-            stdout_bytes=limit_bytes,
-            stderr_bytes=limit_bytes,
+        return await cls._create(
+            await _available_tools(),
+            limits=limits or SandboxLimits(),
+            network=network,
+            environment=environment,
+            read_only_files=read_only_files,
+            image=image,
+            label=label,
         )
 
-    async def write_file(self, path: str, contents: bytes) -> None:
-        """Write a file, making its parents. IsADirectoryError, PermissionError or another OSError; as `run`."""
-        if path.endswith("/"):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        await self._transfer(_WRITE_FILE, path, input=contents)
-
-    async def read_file(self, path: str, *, limit_bytes: int | None = None) -> bytes:
-        """A file's content. FileNotFoundError, IsADirectoryError, PermissionError or another OSError; as `run`."""
-        return await self._transfer(_READ_FILE, path, output_bytes=limit_bytes or self._limits.read_bytes)
-
-    async def write_archive(self, directory: str, tar: bytes) -> None:
-        """Unpack a tar, plain or compressed, into a directory, which is made if missing. OSError; as `run`."""
-        await self._transfer(_WRITE_ARCHIVE, directory, input=tar)
-
-    async def read_archive(self, directory: str, *, limit_bytes: int) -> bytes:
-        """The content of a directory as a tar with names relative to it. OSError; as `run`.
-
-        What the agent made unreadable for itself is left out and logged: it must not spoil the snapshot of
-        the rest.
-        """
-        return await self._transfer(_READ_ARCHIVE, directory, output_bytes=limit_bytes)
-
-    async def close(self) -> None:
-        """Kill what runs and remove the files, even while this task is being cancelled. May be called again."""
-        if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._close())
-        await outlast_cancellation(self._closing, timeout_seconds=None)
-        if not self._closing.cancelled():
-            self._closing.result()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def _run(
-        self,
-        command: Sequence[str],
+    @classmethod
+    async def _create(
+        cls,
+        tools: Tools,
         *,
-        input: bytes | None,
-        cwd: str | None,
-        env: Mapping[str, str] | None,
-        timeout_seconds: float | None,
-        stdout_bytes: int,
-        stderr_bytes: int,
-    ) -> CommandResult:
-        if any("\0" in argument for argument in command):
-            return _not_started("an argument holds a NUL byte")
-        argv = sandboxed(command, tools=self._tools, directory=self._directory, limits=self._limits, cwd=cwd, env=env)
-        if self._closing is not None:
-            raise SandboxUnavailable("the sandbox is closed")
+        limits: SandboxLimits,
+        network: SandboxNetwork | None = None,
+        environment: Mapping[str, str] | None = None,
+        read_only_files: Mapping[str, Path] | None = None,
+        image: Path | None = None,
+        label: str,
+    ) -> Self:
+        directory = await directory_for(label)
         try:
-            child = Child(
-                argv,
-                input=input,
-                handshake=(STARTED, GO if input is None else GO_WITH_INPUT),
-                stdout_bytes=stdout_bytes,
-                stderr_bytes=stderr_bytes + len(STARTED),
-                owner=ROOT_RUNS_AS_UID if self._tools.setpriv is not None else None,
+            backend = BubblewrapBackend(
+                tools=tools,
+                directory=directory,
+                limits=limits,
+                network=network,
+                image=image,
+                read_only_files=read_only_files,
             )
-        except OSError as error:
-            if error.errno == errno.E2BIG:
-                return _not_started(os.strerror(errno.E2BIG))
-            raise SandboxUnavailable(f"cannot start {self._tools.bwrap}: {error}") from error
-        self._running.add(child)
-        try:
-            return self._result_of(await child.run(timeout_seconds=timeout_seconds))
-        except CommandTimeout as error:
-            error.stderr = _after_start(error.stderr)
+            return cls(backend=backend, directory=directory, limits=limits, environment=environment)
+        except BaseException:
+            shutil.rmtree(directory)
             raise
-        except OutputLimitExceeded as error:
-            if error.stream == "stderr":
-                raise OutputLimitExceeded(
-                    stream="stderr", limit_bytes=stderr_bytes, partial=_after_start(error.partial)
-                ) from error
-            raise
-        finally:
-            self._running.discard(child)
-
-    def _result_of(self, ended: CommandResult) -> CommandResult:
-        set_up, started, stderr = ended.stderr.partition(STARTED)
-        if not started or ended.returncode < 0:
-            reason = set_up.decode(errors="replace").strip() or f"bwrap ended with {ended.returncode}"
-            raise SandboxUnavailable(f"the sandbox {self._directory.name} failed: {reason}")
-        return CommandResult(returncode=ended.returncode, stdout=ended.stdout, stderr=stderr, seconds=ended.seconds)
-
-    async def _transfer(self, script: str, path: str, *, input: bytes | None = None, output_bytes: int = KIB) -> bytes:
-        """Run a script inside on a path. Its complaint becomes the OSError that the same call would raise here."""
-        if "\0" in path:
-            raise ValueError(f"{path!r} holds a NUL byte")
-        result = await self._run(
-            ["/bin/sh", "-c", script, SHELL_NAME, posixpath.join(HOME, path)],
-            input=input,
-            cwd="/",
-            env=None,
-            timeout_seconds=TRANSFER_SECONDS,
-            stdout_bytes=output_bytes,
-            stderr_bytes=MIB,
-        )
-        if result.returncode == 0 or (script == _READ_ARCHIVE and result.returncode == 1):  # 1: a file changed
-            if result.stderr:
-                logger.warning("%s: %s", path, result.stderr.decode(errors="replace").strip())
-            return result.stdout
-        raise _os_error(result, path)
-
-    async def _close(self) -> None:
-        for child in tuple(self._running):
-            child.abort(SandboxUnavailable("the sandbox was closed while the command ran"))
-        for child in tuple(self._running):
-            await child.gone()
-        if await _remove(self._directory):
-            _open.discard(self)
-
-    def _destroy(self) -> None:
-        for child in self._running:
-            child.destroy()
-        remove(self._directory)
-
-
-def close_all() -> None:
-    """Kill and remove all sandboxes of this process, without an event loop; runs at exit by itself."""
-    for sandbox in tuple(_open):
-        sandbox._destroy()
-    _open.clear()
-    remove_runner_directory()
 
 
 async def _available_tools() -> Tools:
@@ -288,18 +133,13 @@ async def _probe() -> Tools:
     except RuntimeError as error:
         raise SandboxUnavailable("sandboxes need asyncio: unset INSPECT_ASYNC_BACKEND (it asks for trio)") from error
     bwrap = _program("bwrap", "bubblewrap")
-    prlimit = _program("prlimit", "util-linux")
     setpriv = _program("setpriv", "util-linux") if os.geteuid() == 0 else None
-    attempts = [
-        Tools(bwrap=bwrap, prlimit=prlimit, setpriv=setpriv, disable_userns=disable_userns)
-        for disable_userns in (True, False)
-    ]
+    attempts = [Tools(bwrap=bwrap, setpriv=setpriv, disable_userns=disable_userns) for disable_userns in (True, False)]
     failures = []
     for tools in attempts:
-        sandbox = Bubblewrap(tools=tools, directory=_directory_for("probe"), limits=SandboxLimits())
-        async with sandbox:
+        async with await Bubblewrap._create(tools, limits=SandboxLimits(), label="probe") as sandbox:
             try:
-                result = await sandbox.run(["/bin/sh", "-c", _MISSING_TOOLS], timeout_seconds=PROBE_SECONDS)
+                result = await sandbox.run(["/bin/sh", "-c", MISSING_TOOLS], timeout_seconds=PROBE_SECONDS)
             except (SandboxUnavailable, TimeoutError) as error:
                 failures.append(str(error))
                 continue
@@ -329,52 +169,3 @@ def _cure(failure: str) -> str:
         "--security-opt seccomp=unconfined --security-opt apparmor=unconfined "
         "--security-opt systempaths=unconfined, or what your runtime calls these"
     )
-
-
-def _directory_for(label: str) -> Path:
-    try:
-        return make_sandbox_directory(label)
-    except OSError as error:
-        raise SandboxUnavailable(f"cannot make the sandbox's directory: {error}; free it or set TMPDIR") from error
-
-
-async def _remove(directory: Path) -> bool:
-    """Whether a sandbox's directory is removed. A failure is only logged: its episode is worth more."""
-    try:
-        removal = Child(remove_command(directory), stdout_bytes=64 * KIB, stderr_bytes=64 * KIB)
-        result = await removal.run(timeout_seconds=REMOVE_SECONDS)
-    except OSError as error:  # too slow, or no process to be had
-        logger.error("%s is not removed yet, and will be at exit: %s", directory, error)
-        return False
-    if result.returncode != 0:
-        logger.error("%s is left behind: %s", directory, result.stderr.decode(errors="replace").strip())
-    return True
-
-
-def _not_started(reason: str) -> CommandResult:
-    return CommandResult(returncode=126, stdout=b"", stderr=f"{SHELL_NAME}: {reason}\n".encode(), seconds=0.0)
-
-
-def _after_start(stderr: bytes) -> bytes:
-    return stderr.partition(STARTED)[2]
-
-
-def _os_error(result: CommandResult, path: str) -> OSError:
-    """The programs say `tee: path: Permission denied`: the end of their first line is the text of an
-    errno."""
-    complaint = result.stderr.decode(errors="replace").strip() or f"ended with {result.returncode}"
-    reason = complaint.splitlines()[0].rpartition(": ")[2]
-    code = next((code for code in errno.errorcode if os.strerror(code) == reason), None)
-    if code is None:
-        return OSError(f"{path}: {complaint}")
-    if code == errno.EROFS:  # the system is read-only for the agent as another user's file is
-        return PermissionError(code, reason, path)
-    return OSError(code, reason, path)
-
-
-def _forget_after_fork() -> None:
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
-atexit.register(close_all)

@@ -1,51 +1,26 @@
-"""Tools, a sandbox's directory and limits, a command -> the argument list that runs it under bubblewrap.
+"""A command -> the argument list that runs it under bubblewrap.
 
 The chain of programs, outermost first:
+    nsenter..  only with a network: what the network puts in front, so that bwrap starts in its namespace
     setpriv    only for root: becomes an unprivileged uid, so that nothing inside is root outside
     bwrap      makes the namespaces and mounts, and waits
-    prlimit    inside, where RLIMIT_NPROC counts this user namespace alone, and not all sandboxes together
-    sh         process 1 of the sandbox, running `_FIRST_PROCESS`
+    sh         process 1 of the sandbox (see `first_process`)
     command
 
-Process 1 is ours, and not bwrap's own (--as-pid-1), for an order of events: when the command ends, process 1
-ends, the kernel kills whatever else is inside and only then lets bwrap see the end. bwrap's own would let it
-see the end at once, while daemons still die. All wrappers are launched by absolute path.
+All wrappers are launched by absolute path. What does not change from command to command is built once a sandbox.
 """
 
 import os
-import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from megatron_klong.sandbox.backend import Launch, SandboxNetwork
 from megatron_klong.sandbox.directories import ROOT_RUNS_AS_UID, SANDBOX_UID
+from megatron_klong.sandbox.first_process import HOME, encoded
 from megatron_klong.sandbox.limits import MIB, SandboxLimits
-
-HOME = "/home"
-ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "HOME": HOME,
-    "LANG": "C.UTF-8",
-}
-SHELL_NAME = "sandbox"  # what process 1 calls itself in its messages: "sandbox: 1: exec: ...: not found"
-STARTED = b"\0"  # the first byte on stderr, when all is set up; what comes before it is a fault of the set-up
-GO_WITH_INPUT, GO = b"given\n", b"none\n"  # the answer to it on stdin: does input follow, or is it /dev/null?
-
-# STARTED is answered by a line on stdin, and without an answer nothing runs. bwrap asks the kernel to die
-# with its parent only late in its set-up, so a runner killed before that would leave a command that nobody
-# ends. Here that request is in force: if the runner is dead there will be no answer, and if it is alive its
-# death will be ours. The shell's own stderr is closed for the rest: it would remark on a killed command
-# ("Killed"), which is ours to say.
-_FIRST_PROCESS = r"""printf '\000' >&2
-read -r klong_stdin || exit 125
-[ "$klong_stdin" = given ] || exec </dev/null
-cd -- "$1" || exit 126
-shift
-unset OLDPWD klong_stdin
-exec 3>&2 2>/dev/null
-(exec "$@" 2>&3 3>&-)
-exit $?"""
 
 # What programs need of the host's /etc. Not the rest: it holds the host's users, keys and settings.
 _FROM_ETC = (
@@ -61,6 +36,8 @@ _FROM_ETC = (
     "ssl/certs",
     "ssl/openssl.cnf",
 )
+_OWN_ETC = ("passwd", "group", "hosts", "nsswitch.conf")
+_NOT_OF_AN_IMAGE = ("dev", "home", "proc", "run", "sys", "tmp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,50 +45,58 @@ class Tools:
     """The programs of this machine, by absolute path, and what they can do."""
 
     bwrap: str
-    prlimit: str
     setpriv: str | None  # None: not root, not needed
     disable_userns: bool  # whether bwrap can forbid user namespaces inside
 
 
-def sandboxed(
-    command: Sequence[str],
-    *,
-    tools: Tools,
-    directory: Path,
-    limits: SandboxLimits,
-    cwd: str | None = None,
-    env: Mapping[str, str] | None = None,
-) -> list[bytes]:
-    """The argument list. A relative `cwd` is taken from /home. ValueError for what no process can be given.
+class BubblewrapBackend:
+    """bubblewrap, set up for one sandbox."""
 
-    The process prints STARTED to stderr and waits for GO or GO_WITH_INPUT on stdin; then the command runs.
-    """
-    if not command:
-        raise ValueError("the command is empty")
-    for name in env or {}:
-        if not name or "=" in name:
-            raise ValueError(f"{name!r} cannot be the name of an environment variable")
-    arguments: list[str] = []
-    if tools.setpriv is not None:
-        ids = f"{ROOT_RUNS_AS_UID}"
-        arguments += [tools.setpriv, "--reuid", ids, "--regid", ids, "--clear-groups", "--no-new-privs"]
-    arguments += [tools.bwrap, *_namespaces(tools), *_system(), *_own(directory, limits)]
-    for name, value in (ENVIRONMENT | dict(env or {})).items():
-        arguments += ["--setenv", name, value]
-    arguments += ["--remount-ro", "/", "--chdir", "/"]
-    arguments += [tools.prlimit, *_resource_limits(limits)]
-    arguments += ["/bin/sh", "-c", _FIRST_PROCESS, SHELL_NAME, os.path.join(HOME, cwd or ""), *command]
-    # A model may write half of a surrogate pair, which no strict encoding takes.
-    encoded = [argument.encode("utf-8", "surrogatepass") for argument in arguments]
-    if any(b"\0" in argument for argument in encoded):
-        raise ValueError("an argument holds a NUL byte")
-    return encoded
+    program = "bwrap"
+
+    def __init__(
+        self,
+        *,
+        tools: Tools,
+        directory: Path,
+        limits: SandboxLimits,
+        network: SandboxNetwork | None = None,
+        image: Path | None = None,
+        read_only_files: Mapping[str, Path] | None = None,
+    ) -> None:
+        """ValueError for an image or files that cannot be shown."""
+        self.owner = ROOT_RUNS_AS_UID if tools.setpriv is not None else None
+        self._network = network
+        privileges: list[str] = []
+        if tools.setpriv is not None:
+            ids = f"{ROOT_RUNS_AS_UID}"
+            privileges = [tools.setpriv, "--reuid", ids, "--regid", ids, "--clear-groups", "--no-new-privs"]
+        self._fixed = encoded(
+            [
+                *privileges,
+                tools.bwrap,
+                *_namespaces(tools, own_network=network is None),
+                *(_system() if image is None else _system_of(image)),
+                *_own(directory, limits, None if image is None else image / "etc"),
+                *_shown(read_only_files or {}),
+                *("--remount-ro", "/", "--chdir", "/"),
+            ]
+        )
+
+    @contextmanager
+    def launch(self, command: Sequence[str], environment: Mapping[str, str], /) -> Iterator[Launch]:
+        """See Backend."""
+        variables = [word for name, value in environment.items() for word in ("--setenv", name, value)]
+        before = encoded(self._network.enter()) if self._network is not None else []
+        yield Launch(argv=[*before, *self._fixed, *encoded(variables), *encoded(command)])
 
 
-def _namespaces(tools: Tools) -> list[str]:
+def _namespaces(tools: Tools, *, own_network: bool) -> list[str]:
     uid = str(SANDBOX_UID)
     return [
-        *("--unshare-all", "--unshare-user", "--uid", uid, "--gid", uid, "--hostname", "sandbox"),
+        *("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"),
+        *(["--unshare-net"] if own_network else []),
+        *("--uid", uid, "--gid", uid, "--hostname", "sandbox"),
         *(["--disable-userns"] if tools.disable_userns else []),
         *("--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"),
     ]
@@ -129,37 +114,48 @@ def _system() -> tuple[str, ...]:
     arguments += ["--perms", "0755", "--dir", "/etc"]
     for name in _FROM_ETC:
         arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-    return tuple(arguments)
+    return (*arguments, "--dir", "/var", "--symlink", "../tmp", "/var/tmp")
 
 
-def _own(directory: Path, limits: SandboxLimits) -> list[str]:
-    """What belongs to the sandbox. File systems in memory are closed or small: they count in no process's limit."""
+def _system_of(image: Path) -> list[str]:
+    """The directories of an unpacked image, read-only; its root itself is ours, so that mount points can be made."""
+    if not (image / "bin" / "sh").exists() and not (image / "usr" / "bin" / "sh").exists():
+        raise ValueError(f"{image} is no unpacked root file system: it has no /bin/sh")
+    arguments: list[str] = []
+    for entry in sorted(image.iterdir()):
+        inside = f"/{entry.name}"
+        if entry.is_symlink():
+            arguments += ["--symlink", os.readlink(entry), inside]
+        elif entry.is_dir() and entry.name not in _NOT_OF_AN_IMAGE:
+            arguments += ["--ro-bind", str(entry), inside]
+    return arguments
+
+
+def _own(directory: Path, limits: SandboxLimits, image_etc: Path | None) -> list[str]:
+    """What belongs to the sandbox. File systems in memory are closed or small.
+
+    An image's /etc is read-only, so of ours only those files appear there that it has too.
+    """
     arguments = ["--proc", "/proc", "--dev", "/dev"]
     arguments += ["--perms", "1777", "--size", str(limits.shared_memory_bytes), "--tmpfs", "/dev/shm"]
     arguments += ["--remount-ro", "/dev"]
     arguments += ["--perms", "0755", "--size", str(16 * MIB), "--tmpfs", "/run"]
     arguments += ["--bind", f"{directory}/home", HOME, "--bind", f"{directory}/tmp", "/tmp"]
-    arguments += ["--dir", "/var", "--symlink", "../tmp", "/var/tmp"]
-    for name in ("passwd", "group", "hosts", "nsswitch.conf"):
-        arguments += ["--ro-bind", f"{directory.parent}/etc/{name}", f"/etc/{name}"]
+    if image_etc is not None and (image_etc.parent / "var" / "tmp").is_dir():
+        arguments += ["--bind", f"{directory}/tmp", "/var/tmp"]
+    for name in _OWN_ETC:
+        if image_etc is None or ((image_etc / name).is_file() and not (image_etc / name).is_symlink()):
+            arguments += ["--ro-bind", f"{directory.parent}/etc/{name}", f"/etc/{name}"]
     return arguments
 
 
-def _resource_limits(limits: SandboxLimits) -> list[str]:
-    arguments = [
-        _resource_limit("as", resource.RLIMIT_AS, limits.memory_bytes),
-        _resource_limit("nproc", resource.RLIMIT_NPROC, limits.processes),
-        _resource_limit("fsize", resource.RLIMIT_FSIZE, limits.file_bytes),
-        _resource_limit("nofile", resource.RLIMIT_NOFILE, limits.open_files),
-        "--core=0:0",
-    ]
-    if limits.cpu_seconds is not None:
-        arguments.append(_resource_limit("cpu", resource.RLIMIT_CPU, limits.cpu_seconds))
+def _shown(files: Mapping[str, Path]) -> list[str]:
+    """Single files or directories of the host, at other places inside."""
+    arguments: list[str] = []
+    for inside, outside in files.items():
+        if not inside.startswith("/") or ".." in inside.split("/"):
+            raise ValueError(f"{inside!r} is no absolute path inside a sandbox")
+        if not outside.exists():
+            raise ValueError(f"{outside}, to be shown as {inside}, does not exist")
+        arguments += ["--ro-bind", str(outside.resolve()), inside]
     return arguments
-
-
-def _resource_limit(option: str, kind: int, wanted: int) -> str:
-    """No process may raise a hard limit, so what the runner itself may not have, the sandbox cannot get."""
-    _, hard = resource.getrlimit(kind)
-    value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    return f"--{option}={value}:{value}"

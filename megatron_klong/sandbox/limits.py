@@ -29,6 +29,8 @@ class SandboxLimits:
     """File descriptors of each process (RLIMIT_NOFILE)."""
     cpu_seconds: int | None = None
     """CPU time of each process (RLIMIT_CPU); None leaves it to the command's timeout."""
+    background_commands: int = 16
+    """Background commands that run at once."""
     shared_memory_bytes: int = 256 * MIB
     """Size of /dev/shm, which lives in memory and lasts for one command."""
     output_bytes: int = 10 * MIB

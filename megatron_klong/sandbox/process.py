@@ -7,6 +7,7 @@ waits for the end of a pipe, so a descriptor that leaked elsewhere cannot hold a
 Who waits for what, in `Child`:
     run       waits for _outcome, set by the exit of the process, an output over its limit, or `abort`;
               then for _exited, set when the process is reaped: deaf to cancellation, REAP_SECONDS at most
+    told      waits for _told, set when stderr has so many bytes or the process has ended
     the loop  watches stdout and stderr (readable), stdin (writable), the process (its pidfd: readable = dead)
 
 A Child is started by the thread that runs the event loop, never by a helper thread: Linux delivers a
@@ -69,8 +70,9 @@ class Child:
         stdout_bytes: int,
         stderr_bytes: int,
         owner: int | None = None,
+        descriptors: Sequence[int] = (),
     ) -> None:
-        """Start `argv`. OSError when it cannot be started.
+        """Start `argv`, which inherits `descriptors` under their numbers. OSError when it cannot be started.
 
         `handshake` is (awaited, answer): nothing is sent until `awaited` was read from stderr, then `answer`
         is, and then the input.
@@ -80,6 +82,7 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[None] = self._loop.create_future()
         self._exited: asyncio.Future[None] = self._loop.create_future()
+        self._told: tuple[int, asyncio.Future[None]] = (stderr_bytes + 1, self._loop.create_future())
         self._handshake = handshake
         self._unsent = memoryview(input or b"")
         self._started = time.monotonic()
@@ -97,6 +100,7 @@ class Child:
                 cwd="/",
                 env=HOST_ENVIRONMENT,
                 umask=0o022,
+                pass_fds=descriptors,
                 start_new_session=True,  # its process group can be killed without touching ours
             )
             on_error.callback(self._process.wait)
@@ -128,6 +132,22 @@ class Child:
             raise
         finally:
             self.destroy()
+
+    @property
+    def pid(self) -> int:
+        """Of the process itself; what runs in the sandbox are its descendants."""
+        return self._process.pid
+
+    @property
+    def stderr(self) -> bytes:
+        """What it has printed there so far; nothing once `run` has returned."""
+        return bytes(self._stderr.data)
+
+    async def told(self, stderr_bytes: int) -> None:
+        """Wait until the process has printed so much to stderr, or has ended."""
+        self._told = (stderr_bytes, self._told[1])
+        self._tell()
+        await asyncio.wait([self._told[1]])
 
     def abort(self, error: Exception) -> None:
         """Kill the process; `run` raises `error`."""
@@ -196,6 +216,7 @@ class Child:
         self._loop.remove_reader(self._pidfd)
         self._process.wait()
         self._exited.set_result(None)
+        self._tell()
         if self._outcome.done():
             return
         try:  # every writer is dead, so what is still to be read is in the pipes now
@@ -212,10 +233,16 @@ class Child:
         try:
             output.read()
             self._answer()
+            self._tell()
         except OutputLimitExceeded as error:
             self._outcome.set_exception(error)
         if output.ended:
             self._loop.remove_reader(output.descriptor)
+
+    def _tell(self) -> None:
+        enough, told = self._told
+        if not told.done() and (self._exited.done() or len(self._stderr.data) >= enough):
+            told.set_result(None)
 
     def _answer(self) -> None:
         if self._handshake is None or self._stdin is None or self._handshake[0] not in self._stderr.data:

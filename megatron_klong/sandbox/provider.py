@@ -32,8 +32,8 @@ from megatron_klong.sandbox.bubblewrap import (
     check_available,
     reap_stale,
 )
-from megatron_klong.sandbox.command_line import SHELL_NAME
 from megatron_klong.sandbox.directories import SANDBOX_UID, SANDBOX_USER
+from megatron_klong.sandbox.first_process import SHELL_NAME
 from megatron_klong.sandbox.limits import SandboxLimits
 
 CONCURRENT_SANDBOXES = 64

@@ -1,4 +1,4 @@
-"""What a command in a sandbox comes to: a result, or one of three named faults.
+"""What a command in a sandbox comes to: a result, or one of a few named faults.
 
 A fault of the command itself (not found, killed, exit code 1) is a result. `SandboxUnavailable` is a fault of
 the provider, and must never be shown to a model as if its command had printed it.
@@ -20,6 +20,10 @@ class CommandResult:
 
 class SandboxUnavailable(RuntimeError):
     """The sandbox could not be provided; the message says what to install or to do."""
+
+
+class TooManyCommands(RuntimeError):
+    """As many background commands run already as a sandbox may have."""
 
 
 class CommandTimeout(TimeoutError):

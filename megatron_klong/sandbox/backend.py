@@ -1,0 +1,44 @@
+"""What a sandbox is made of: the program that builds it around a command, and the network it may be given.
+
+`Sandbox` knows how commands are run, limited and ended, and how files move; a `Backend` knows only how one program
+(bubblewrap, apptainer) is asked for namespaces, mounts and variables. There is one for each sandbox.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """A process to start: its arguments, and the descriptors that it must inherit under their numbers."""
+
+    argv: list[bytes]
+    descriptors: tuple[int, ...] = ()
+
+
+class Backend(Protocol):
+    """One program that makes sandboxes, set up for one of them."""
+
+    @property
+    def program(self) -> str:
+        """Its name, for messages."""
+
+    @property
+    def owner(self) -> int | None:
+        """The uid on the host that pipes must be given to, so that the command can open /dev/stdout."""
+
+    def launch(self, command: Sequence[str], environment: Mapping[str, str], /) -> AbstractContextManager[Launch]:
+        """How to run `command` (that of the first process) with these variables and no others.
+
+        The descriptors are open until the end of the `with` block, in which the process is started. ValueError for
+        arguments that no process can be given.
+        """
+
+
+class SandboxNetwork(Protocol):
+    """A network namespace that outlives single commands; what can be reached from it is its maker's affair."""
+
+    def enter(self) -> Sequence[str]:
+        """Arguments to put before a command so that it runs in that namespace, on a machine of its own otherwise."""

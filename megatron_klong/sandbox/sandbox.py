@@ -1,0 +1,370 @@
+"""One sandbox: a directory of its own, in which each command runs in namespaces of its own. Made by its subclasses.
+
+Always:
+- files last from command to command, processes do not: whatever a command started is dead when `run` returns
+  or raises, also after a timeout, a cancellation, too much output, or kill -9 of this process. What is to run on
+  is started with `start`, and is dead when the sandbox is closed;
+- files move in and out through commands run inside, so that a symbolic link leads nowhere else;
+- when this cannot be had, everything raises SandboxUnavailable; nothing ever runs outside of a sandbox.
+
+Needs Linux 5.14 and an asyncio event loop. Tested in tests/unit/sandbox/.
+"""
+
+import asyncio
+import atexit
+import errno
+import logging
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron_klong.sandbox import transfer
+from megatron_klong.sandbox.backend import Backend
+from megatron_klong.sandbox.background import START_SECONDS, BackgroundCommand
+from megatron_klong.sandbox.directories import (
+    REMOVE_SECONDS,
+    make_sandbox_directory,
+    remove,
+    remove_command,
+    remove_runner_directory,
+    stale_directories,
+)
+from megatron_klong.sandbox.first_process import (
+    ENVIRONMENT,
+    GO,
+    GO_WITH_INPUT,
+    HOME,
+    SHELL_NAME,
+    STARTED,
+    first_process,
+    inside,
+)
+from megatron_klong.sandbox.limits import KIB, MIB, SandboxLimits
+from megatron_klong.sandbox.process import Child, outlast_cancellation
+from megatron_klong.sandbox.results import (
+    CommandResult,
+    CommandTimeout,
+    OutputLimitExceeded,
+    SandboxUnavailable,
+    TooManyCommands,
+)
+
+logger = logging.getLogger(__name__)
+
+_open: set["Sandbox"] = set()
+_stale_reaped = False
+
+
+class Sandbox:
+    """A sandbox; make it with `create` of a subclass, and `close` it, or use it as `async with`."""
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        directory: Path,
+        limits: SandboxLimits,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._backend = backend
+        self._directory = directory
+        self._limits = limits
+        self._environment = ENVIRONMENT | _checked(environment)
+        self._first_process = first_process(limits, address_space=True)
+        self._running: set[Child] = set()
+        self._background: dict[str, BackgroundCommand] = {}
+        self._started = 0
+        self._closing: asyncio.Task[None] | None = None
+        _open.add(self)
+
+    @property
+    def background(self) -> Sequence[BackgroundCommand]:
+        """All that `start` started, in that order, also what has ended."""
+        return tuple(self._background.values())
+
+    async def run(
+        self,
+        command: Sequence[str],
+        *,
+        input: bytes | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_seconds: float | None = None,
+        output_bytes: int | None = None,
+    ) -> CommandResult:
+        """Run a command to its end and kill all that it leaves running.
+
+        `cwd` is taken from /home; `env` is added to PATH, HOME, LANG and the sandbox's own `environment`;
+        `output_bytes` replaces the limit of the sandbox for this command. Raises TimeoutError (CommandTimeout,
+        with what was printed), OutputLimitExceeded, SandboxUnavailable. A command that cannot be started is a
+        result with returncode 126 or 127.
+        """
+        limit_bytes = output_bytes or self._limits.output_bytes
+        return await self._run(
+            command,
+            input=input,
+            cwd=cwd,
+            env=env,
+            timeout_seconds=timeout_seconds,
+            stdout_bytes=limit_bytes,
+            stderr_bytes=limit_bytes,
+        )
+
+    async def start(
+        self,
+        command: Sequence[str],
+        *,
+        output_path: str,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> BackgroundCommand:
+        """Start a command that runs on until it ends, is stopped, or the sandbox is closed.
+
+        It reads nothing and prints to `output_path`, a file inside that is made anew, with its parents. `cwd` and
+        `env` as for `run`. A program that is not found is a background command that has ended with 127. Raises
+        TooManyCommands, OSError for the file or the directory, SandboxUnavailable.
+        """
+        if sum(other.running for other in self.background) >= self._limits.background_commands:
+            raise TooManyCommands(
+                f"{self._limits.background_commands} background commands run already; stop one of them first"
+            )
+        output = posixpath.join(HOME, output_path)
+        first = first_process(self._limits, address_space=True, output_to_file=True)
+        child = self._start([*first, inside(cwd), output, *_checked_command(command)], env=env, stderr_bytes=MIB)
+        self._started += 1
+        background = BackgroundCommand(
+            id=f"background-{self._started}",
+            command=command,
+            output_path=output,
+            child=child,
+            result_of=self._result_of,
+            ended=lambda: self._running.discard(child),
+        )
+        self._background[background.id] = background
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await child.told(2 * len(STARTED))
+                if child.stderr != 2 * STARTED:  # it complained, or it has ended
+                    await background.wait()
+        except BaseException:
+            del self._background[background.id]
+            background.abort()
+            raise
+        if background.error is not None:
+            raise background.error
+        if background.result is not None and background.result.stderr != STARTED:
+            del self._background[background.id]
+            raise transfer.os_error(background.result, output)
+        return background
+
+    async def write_file(self, path: str, contents: bytes) -> None:
+        """Write a file, making its parents. IsADirectoryError, PermissionError or another OSError; as `run`."""
+        if path.endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        await self._transfer(transfer.WRITE_FILE, path, input=contents)
+
+    async def read_file(self, path: str, *, limit_bytes: int | None = None) -> bytes:
+        """A file's content. FileNotFoundError, IsADirectoryError, PermissionError or another OSError; as `run`."""
+        return await self._transfer(transfer.READ_FILE, path, output_bytes=limit_bytes or self._limits.read_bytes)
+
+    async def write_archive(self, directory: str, tar: bytes) -> None:
+        """Unpack a tar, plain or compressed, into a directory, which is made if missing. OSError; as `run`."""
+        await self._transfer(transfer.WRITE_ARCHIVE, directory, input=tar)
+
+    async def read_archive(self, directory: str, *, limit_bytes: int) -> bytes:
+        """The content of a directory as a tar with names relative to it. OSError; as `run`.
+
+        What the agent made unreadable for itself is left out and logged: it must not spoil the snapshot of
+        the rest.
+        """
+        return await self._transfer(transfer.READ_ARCHIVE, directory, output_bytes=limit_bytes)
+
+    async def close(self) -> None:
+        """Kill what runs and remove the files, even while this task is being cancelled. May be called again."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await outlast_cancellation(self._closing, timeout_seconds=None)
+        if not self._closing.cancelled():
+            self._closing.result()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(
+        self,
+        command: Sequence[str],
+        *,
+        input: bytes | None,
+        cwd: str | None,
+        env: Mapping[str, str] | None,
+        timeout_seconds: float | None,
+        stdout_bytes: int,
+        stderr_bytes: int,
+    ) -> CommandResult:
+        if any("\0" in argument for argument in command):
+            return _not_started("an argument holds a NUL byte")
+        arguments = [*self._first_process, inside(cwd), *_checked_command(command)]
+        try:
+            child = self._start(arguments, input=input, env=env, stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes)
+        except _TooLong:
+            return _not_started(os.strerror(errno.E2BIG))
+        try:
+            return self._result_of(await child.run(timeout_seconds=timeout_seconds))
+        except CommandTimeout as error:
+            error.stderr = _after_start(error.stderr)
+            raise
+        except OutputLimitExceeded as error:
+            if error.stream == "stderr":
+                raise OutputLimitExceeded(
+                    stream="stderr", limit_bytes=stderr_bytes, partial=_after_start(error.partial)
+                ) from error
+            raise
+        finally:
+            self._running.discard(child)
+
+    def _start(
+        self,
+        arguments: Sequence[str],
+        *,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None,
+        stdout_bytes: int = KIB,
+        stderr_bytes: int,
+    ) -> Child:
+        """Start the first process. _TooLong, SandboxUnavailable, ValueError."""
+        if self._closing is not None:
+            raise SandboxUnavailable("the sandbox is closed")
+        with self._backend.launch(arguments, self._environment | _checked(env)) as launch:
+            try:
+                child = Child(
+                    launch.argv,
+                    input=input,
+                    handshake=(STARTED, GO if input is None else GO_WITH_INPUT),
+                    stdout_bytes=stdout_bytes,
+                    stderr_bytes=stderr_bytes + len(STARTED),
+                    owner=self._backend.owner,
+                    descriptors=launch.descriptors,
+                )
+            except OSError as error:
+                if error.errno == errno.E2BIG:
+                    raise _TooLong from error
+                raise SandboxUnavailable(f"cannot start {self._backend.program}: {error}") from error
+        self._running.add(child)
+        return child
+
+    def _result_of(self, ended: CommandResult) -> CommandResult:
+        set_up, started, stderr = ended.stderr.partition(STARTED)
+        if not started or ended.returncode < 0:
+            reason = set_up.decode(errors="replace").strip() or f"{self._backend.program} ended with {ended.returncode}"
+            raise SandboxUnavailable(f"the sandbox {self._directory.name} failed: {reason}")
+        return CommandResult(returncode=ended.returncode, stdout=ended.stdout, stderr=stderr, seconds=ended.seconds)
+
+    async def _transfer(self, script: str, path: str, *, input: bytes | None = None, output_bytes: int = KIB) -> bytes:
+        """Run a script inside on a path. Its complaint becomes the OSError that the same call would raise here."""
+        if "\0" in path:
+            raise ValueError(f"{path!r} holds a NUL byte")
+        result = await self._run(
+            ["/bin/sh", "-c", script, SHELL_NAME, posixpath.join(HOME, path)],
+            input=input,
+            cwd="/",
+            env=None,
+            timeout_seconds=transfer.TRANSFER_SECONDS,
+            stdout_bytes=output_bytes,
+            stderr_bytes=MIB,
+        )
+        if transfer.succeeded(script, result):
+            if result.stderr:
+                logger.warning("%s: %s", path, result.stderr.decode(errors="replace").strip())
+            return result.stdout
+        raise transfer.os_error(result, path)
+
+    async def _close(self) -> None:
+        children = tuple(self._running)
+        for child in children:
+            child.abort(SandboxUnavailable("the sandbox was closed while the command ran"))
+        for child in children:
+            await child.gone()
+        for background in self.background:
+            await background.wait()
+        if await _remove(self._directory):
+            _open.discard(self)
+
+    def _destroy(self) -> None:
+        for child in self._running:
+            child.destroy()
+        remove(self._directory)
+
+
+class _TooLong(Exception):
+    """Arguments and environment are more than the kernel passes on."""
+
+
+async def directory_for(label: str) -> Path:
+    """A new directory for a sandbox; the first one also clears away what dead runners left. SandboxUnavailable."""
+    global _stale_reaped
+    if not _stale_reaped:
+        _stale_reaped = True
+        for directory in stale_directories():
+            await _remove(directory)
+    try:
+        return make_sandbox_directory(label)
+    except OSError as error:
+        raise SandboxUnavailable(f"cannot make the sandbox's directory: {error}; free it or set TMPDIR") from error
+
+
+def close_all() -> None:
+    """Kill and remove all sandboxes of this process, without an event loop; runs at exit by itself."""
+    for sandbox in tuple(_open):
+        sandbox._destroy()
+    _open.clear()
+    remove_runner_directory()
+
+
+async def _remove(directory: Path) -> bool:
+    """Whether a sandbox's directory is removed. A failure is only logged: its episode is worth more."""
+    try:
+        removal = Child(remove_command(directory), stdout_bytes=64 * KIB, stderr_bytes=64 * KIB)
+        result = await removal.run(timeout_seconds=REMOVE_SECONDS)
+    except OSError as error:  # too slow, or no process to be had
+        logger.error("%s is not removed yet, and will be at exit: %s", directory, error)
+        return False
+    if result.returncode != 0:
+        logger.error("%s is left behind: %s", directory, result.stderr.decode(errors="replace").strip())
+    return True
+
+
+def _checked(environment: Mapping[str, str] | None) -> dict[str, str]:
+    for name in environment or {}:
+        if not name or "=" in name:
+            raise ValueError(f"{name!r} cannot be the name of an environment variable")
+    return dict(environment or {})
+
+
+def _checked_command(command: Sequence[str]) -> Sequence[str]:
+    if not command:
+        raise ValueError("the command is empty")
+    return command
+
+
+def _not_started(reason: str) -> CommandResult:
+    return CommandResult(returncode=126, stdout=b"", stderr=f"{SHELL_NAME}: {reason}\n".encode(), seconds=0.0)
+
+
+def _after_start(stderr: bytes) -> bytes:
+    return stderr.partition(STARTED)[2]
+
+
+def _forget_after_fork() -> None:
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(close_all)

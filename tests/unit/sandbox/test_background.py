@@ -1,0 +1,133 @@
+"""Commands that run on: in the files of their sandbox, printing to a file there, ended by it."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from megatron_klong.sandbox.bubblewrap import Bubblewrap, SandboxUnavailable
+from megatron_klong.sandbox.limits import SandboxLimits
+from megatron_klong.sandbox.results import TooManyCommands
+from tests.unit.sandbox.machine import alive, in_sandbox, runner, soon
+
+
+def test_it_runs_on_while_others_come_and_go_and_prints_to_its_file(mark: str) -> None:
+    async def test(box: Bubblewrap) -> None:
+        script = f"echo started; echo told >&2; read -r line || echo nothing to read; sleep {mark}"
+        server = await box.start(["sh", "-c", script], output_path="logs/server.txt", env={"X": "y"})
+        assert (server.id, server.running, server.returncode) == ("background-1", True, None)
+        assert server.output_path == "/home/logs/server.txt"
+        assert box.background == (server,)
+        for _ in range(3):
+            await box.run(["sh", "-c", f"kill -9 -1; sleep {mark} & true"])
+        assert len(alive(mark)) >= 1
+        assert await box.read_file("logs/server.txt") == b"started\ntold\nnothing to read\n"
+        assert server.seconds > 0
+        await server.stop()
+        await server.stop()
+        assert (server.running, server.returncode) == (False, 137)
+        assert alive(mark) == []
+        assert server.seconds == server.seconds
+
+    in_sandbox(test)
+
+
+def test_its_end_is_told() -> None:
+    async def test(box: Bubblewrap) -> None:
+        ended = await box.start(["sh", "-c", "sleep 0.2; setsid sleep 600 & exit 3"], output_path="/tmp/a")
+        assert ended.running
+        assert await ended.wait() == 3
+        assert ended.result is not None
+        assert (await box.start(["absent"], output_path="b")).running in (True, False)
+        assert await box.background[1].wait() == 127
+        assert b"absent: not found" in await box.read_file("b")
+        assert [command.id for command in box.background] == ["background-1", "background-2"]
+
+    in_sandbox(test)
+
+
+def test_what_cannot_be_started_is_an_error_and_leaves_nothing() -> None:
+    async def test(box: Bubblewrap) -> None:
+        await box.run(["sh", "-c", "mkdir d; mkfifo pipe; touch f"])
+        for error, path, cwd in [
+            (IsADirectoryError, "d", None),
+            (OSError, "pipe", None),
+            (OSError, "f/x", None),
+            (OSError, "/usr/x", None),
+            (OSError, "x", "absent"),
+        ]:
+            with pytest.raises(error):
+                await box.start(["sleep", "60"], output_path=path, cwd=cwd)
+        with pytest.raises(ValueError, match="empty"):
+            await box.start([], output_path="x")
+        with pytest.raises(ValueError, match="NUL"):
+            await box.start(["a\0"], output_path="x")
+        assert box.background == ()
+        assert box._running == set()
+
+    in_sandbox(test)
+
+
+def test_only_so_many_run_at_once() -> None:
+    async def test(box: Bubblewrap) -> None:
+        first, _ = [await box.start(["sleep", "60"], output_path="x") for _ in range(2)]
+        with pytest.raises(TooManyCommands, match="2 background"):
+            await box.start(["sleep", "60"], output_path="x")
+        await first.stop()
+        await box.start(["sleep", "60"], output_path="x")
+
+    in_sandbox(test, SandboxLimits(background_commands=2))
+
+
+def test_closing_ends_it_and_so_does_the_death_of_the_runner(mark: str, temporary: dict[str, str]) -> None:
+    async def main() -> None:
+        async with await Bubblewrap.create() as box:
+            script = f"trap '' TERM; setsid sleep {mark} & sleep {mark}"
+            started = [await box.start(["bash", "-c", script], output_path=str(n)) for n in range(3)]
+            assert len(alive(mark)) >= 3
+        assert alive(mark) == []
+        assert [(command.running, command.returncode) for command in started] == [(False, 137)] * 3
+        with pytest.raises(SandboxUnavailable, match="closed"):
+            await box.start(["true"], output_path="x")
+
+    asyncio.run(main())
+    program = f"""
+box = await Bubblewrap.create()
+await box.start(["sleep", "{mark}"], output_path="x")
+print("started", flush=True)
+await asyncio.sleep(60)"""
+    process = runner(program, temporary)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    assert alive(mark)
+    process.kill()
+    process.communicate()
+    assert soon(lambda: alive(mark) == [], 3)
+
+
+def test_cancelling_its_start_leaves_nothing(mark: str) -> None:
+    async def test(box: Bubblewrap) -> None:
+        for delay in (0.0, 0.002, 0.005, 0.01):
+            starting = asyncio.create_task(box.start(["sleep", mark], output_path="x"))
+            await asyncio.sleep(delay)
+            starting.cancel()
+            await asyncio.wait([starting])
+            for command in box.background:  # it was quicker
+                await command.stop()
+        while box._running:
+            await asyncio.sleep(0.01)
+        assert alive(mark) == []
+
+    in_sandbox(test)
+
+
+def test_its_output_file_cannot_lead_out_of_the_sandbox(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    async def test(box: Bubblewrap) -> None:
+        await box.run(["ln", "-s", str(target), "link"])
+        with pytest.raises(OSError, match="link"):
+            await box.start(["echo", "taken over"], output_path="link")
+
+    in_sandbox(test)
+    assert not target.exists()
