@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import datetime
 import hashlib
 import http.server
@@ -12,10 +13,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import urllib.parse
 import zipfile
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -323,8 +326,44 @@ def port_is_open(port: int, source: str = "127.0.0.1") -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def runner(program: str, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+def soon(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether the condition comes true within the time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextlib.contextmanager
+def reachable_folder() -> Iterator[Path]:
+    """A folder that the sandbox's uid can reach."""
+    folder = Path(tempfile.mkdtemp(prefix="klong-egress-", dir="/tmp"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def runner_command(program: str) -> list[str]:
     """A Python process of its own that runs the body of an async function."""
-    body = "\n".join(f"    {line}" for line in program.splitlines())
-    code = f"import asyncio, os, sys\nfrom pathlib import Path\nasync def main():\n{body}\nasyncio.run(main())"
-    return subprocess.Popen([sys.executable, "-c", code], env={**environment}, stdout=subprocess.PIPE, text=True)
+    body = "\n".join(f"    {line}" for line in program.strip().splitlines())
+    lines = [
+        "import asyncio, os, subprocess, sys",
+        "from pathlib import Path",
+        "from megatron_klong.sandbox.egress.config import EgressConfig",
+        "from megatron_klong.sandbox.egress.proxy import EgressProxy",
+        "from megatron_klong.sandbox.egress.rules import Blacklist",
+        "from tests.integration.sandbox.egress_parts import inside, sandbox_command, status",
+        f"async def main():\n{body}",
+        "asyncio.run(main())",
+    ]
+    return [sys.executable, "-c", "\n".join(lines)]

@@ -3,7 +3,6 @@
 import http.client
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.integration.sandbox.egress_parts import (
     inside,
     port_is_open,
     python_inside,
+    reachable_folder,
     start_internet,
     status,
 )
@@ -33,11 +33,8 @@ for tool in ("bwrap", "nsenter", "setpriv", "curl", "git"):
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """A folder that the sandbox's uid can reach."""
-    found = Path(tempfile.mkdtemp(prefix="klong-egress-", dir="/tmp"))
-    found.chmod(0o711)
-    yield found
-    shutil.rmtree(found)
+    with reachable_folder() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
