@@ -16,10 +16,9 @@ from examples.longhaul.simulated import play
 from examples.longhaul.teachers import oracle
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.messages import tool_definitions
-from megatron_klong.agent.reading import ReadingTracker
 from megatron_klong.agent.scaffold import GO_ON
 from megatron_klong.agent.task import INSTRUCTIONS
-from megatron_klong.agent.tools import Toolbox
+from megatron_klong.agent.tools import tools_of
 from megatron_klong.trajectory.glm import tools_text
 from megatron_klong.trajectory.tokenizer import CONTROL_TOKENS
 
@@ -34,7 +33,7 @@ def training_texts(
 ) -> Iterator[str]:
     """Yield the texts as they stand between control tokens; the tasks should be those of the train split."""
     vocabulary = [*METHODS, *DATASETS, *map(str, range(LOWEST_NUMBER, LOWEST_NUMBER + NUM_NUMBERS))]
-    tools = tools_text(tool_definitions(Toolbox(settings, ReadingTracker("")).tools()))
+    tools = tools_text(tool_definitions(tools_of(settings)))
     for _ in range(_REPEATS):
         yield "".join(f" {word}" for word in vocabulary)
         yield from _CONTROL.split(tools)

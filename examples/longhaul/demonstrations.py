@@ -16,9 +16,8 @@ from examples.longhaul.simulated import Workspace, play_in
 from examples.longhaul.teachers import oracle
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.messages import tool_definitions
-from megatron_klong.agent.reading import ReadingTracker
 from megatron_klong.agent.task import INSTRUCTIONS
-from megatron_klong.agent.tools import Toolbox
+from megatron_klong.agent.tools import tools_of
 from megatron_klong.files import atomic_file
 
 
@@ -26,7 +25,7 @@ def write_demonstrations(
     path: Path, *, count: int, turns: Sequence[int], seed: int, settings: EpisodeConfig, taken: Sequence[Path]
 ) -> None:
     """Write `count` episodes; `turns` are dealt out in turn; `taken`: task folders to keep clear of."""
-    tools = tool_definitions(Toolbox(settings, ReadingTracker("")).tools())
+    tools = tool_definitions(tools_of(settings))
     seen = {mark for folder in taken for mark in _marks(folder)}
     with atomic_file(path) as file:
         for row in _rows(count, turns, seed, seen):

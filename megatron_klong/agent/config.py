@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from megatron_klong.config import Config, Duration
 from megatron_klong.trajectory.context import ContextPolicy
 
-ToolName = Literal["bash", "python", "read_file_chunk", "search_file", "submit"]
+ToolName = Literal["bash", "python", "read_file_chunk", "search_file", "background", "jobs", "submit"]
+SubmitNeed = Literal["reading", "reproduce.sh", "commit"]
 
 
 class ContextConfig(Config):
@@ -44,29 +45,45 @@ class EpisodeConfig(Config):
     """One episode."""
 
     timeout: Duration = Duration("2h")
-    """Soft limit: the agent is stopped, what is there is judged. Waiting for the engine does not count."""
+    """Soft limit: the agent is stopped, what is there is judged."""
+    give_back: bool = True
+    """Whether waiting for the engine (its queue, retries) stands outside of `timeout`; it is recorded either way."""
     hard_timeout: Duration = Duration("2h30m")
     """Hard limit on wall-clock time, enforced from outside."""
     command_timeout: Duration = Duration("10m")
     """Longest single command."""
     turn_limit: int = 2000
     """Most assistant turns."""
+    token_limit: int | None = Field(default=None, gt=0)
+    """Most tokens sampled in all; None: no such limit."""
     reply_tokens: int | None = Field(default=None, gt=0)
     """Longest reply; without it, what the window has room for."""
     stall_limit: int = 10
     """Replies in a row without a tool call after which the episode ends."""
     engine_retries: int = 8
     """Tries after a failed request, each after a longer wait, before the episode ends as engine_failed."""
-    tools: tuple[ToolName, ...] = ("bash", "python", "read_file_chunk", "search_file", "submit")
+    engine_timeout: Duration = Duration("30m")
+    """Longest wait for one reply; then the request is given up, and counts as failed."""
+    tools: tuple[ToolName, ...] = ("bash", "python", "read_file_chunk", "search_file", "background", "jobs", "submit")
     """Tools the agent has."""
     reading: Literal["nudge", "refuse", "off"] = "nudge"
     """What work tools do before the paper has been read: say so, refuse, or nothing."""
+    submit_needs: tuple[SubmitNeed, ...] = ("reading", "reproduce.sh")
+    """What must be there before `submit` is accepted."""
+    submit_after: float = Field(default=0.0, ge=0, lt=1)
+    """Share of `timeout` before which `submit` is refused."""
     remind_every_turns: int = 5
     """How often a tool result states the time left; 0: never."""
     output_characters: int = 16000
-    """Longest tool result; more is cut out of its middle."""
-    submission_bytes: int = 1 << 30
-    """Largest submission that is judged."""
+    """Longest tool result; more is cut out of its middle, and the whole is in a file that the result names."""
+    submission_bytes: int = Field(default=1 << 30, gt=0)
+    """Largest submission that is judged, as a tar file."""
+    workspace_bytes: int = Field(default=8 << 30, gt=0)
+    """Largest workspace that can be frozen, as a tar file."""
+    freeze_every_turns: int = Field(default=0, ge=0)
+    """How often the episode is written down so that another process can go on with it; 0: only when asked."""
+    refused_requests: int | None = Field(default=None, gt=0)
+    """Requests refused by the egress filter after which the episode ends; None: they are only counted."""
     context: ContextConfig = ContextConfig()
 
     @model_validator(mode="after")

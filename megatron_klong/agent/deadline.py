@@ -1,34 +1,72 @@
-"""One deadline an episode: made once from the stage's timeout, standing still while others are awaited.
+"""One deadline an episode: made once from the stage's timeout, handed down, written down as what is left of it.
 
-Always: time spent waiting for the engine (its queue, retries) does not count, so that load does not change what an
-agent can achieve; how much that was is kept.
+Always: by default time spent waiting for the engine (its queue, retries) does not count, so that load does not change
+what an agent can achieve; how much that was is kept either way. An episode that was frozen goes on with what was left.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeUsed:
+    """Seconds of an episode so far: on the wall, and of those the ones that did not count."""
+
+    total_seconds: float = 0.0
+    given_back_seconds: float = 0.0
 
 
 class Deadline:
     """Counts down from `seconds` by the clock `working`; `total` is the clock that also counts waiting."""
 
-    def __init__(self, seconds: float, *, total: Callable[[], float], working: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        total: Callable[[], float],
+        working: Callable[[], float],
+        give_back: bool = True,
+        before: TimeUsed | None = None,
+    ) -> None:
+        """`before`: what an earlier part of the episode used. give_back: whether waiting is left out of the count."""
+        self.seconds = seconds
         self._total, self._working = total, working
         self._total_start, self._working_start = total(), working()
-        self._seconds = seconds
+        self._give_back = give_back
+        self._before = before or TimeUsed()
+        self._forgiven = 0.0
+
+    def forgive(self, seconds: float) -> None:
+        """Leave out seconds that the machinery took."""
+        self._forgiven += seconds
+
+    @property
+    def waited(self) -> float:
+        """Seconds waited for others, whether they count or not."""
+        return self._before.given_back_seconds + self._forgiven + self._waited_now()
+
+    @property
+    def total(self) -> float:
+        """Seconds on the wall."""
+        return self._before.total_seconds + self._total() - self._total_start
 
     @property
     def elapsed(self) -> float:
         """Seconds used."""
-        return self._working() - self._working_start
+        return self.total - self.waited if self._give_back else self.total
 
     @property
     def remaining(self) -> float:
         """Seconds left; negative once it has passed."""
-        return self._seconds - self.elapsed
+        return self.seconds - self.elapsed
 
     @property
-    def given_back(self) -> float:
-        """Seconds waited for others, which were not counted."""
-        return max(0.0, self._total() - self._total_start - self.elapsed)
+    def used(self) -> TimeUsed:
+        """What to write down."""
+        return TimeUsed(total_seconds=self.total, given_back_seconds=self.waited)
+
+    def _waited_now(self) -> float:
+        return max(0.0, (self._total() - self._total_start) - (self._working() - self._working_start))
 
 
 def readable_seconds(seconds: float) -> str:

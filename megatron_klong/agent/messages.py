@@ -83,6 +83,14 @@ def with_turn_record(reply: ChatMessageAssistant, turn: TurnRecord) -> ChatMessa
     return reply.model_copy(update={"metadata": metadata})
 
 
+def with_tool_seconds(reply: ChatMessage, seconds: float) -> ChatMessage:
+    """The reply once the tools it called have run."""
+    turn = turn_record(reply)
+    assert turn is not None, "a reply is recorded before its tools run"
+    assert isinstance(reply, ChatMessageAssistant)
+    return with_turn_record(reply, turn.model_copy(update={"tool_seconds": seconds}))
+
+
 def turn_record(message: ChatMessage) -> TurnRecord | None:
     """The record a reply carries."""
     found = (message.metadata or {}).get(_TURN_KEY)

@@ -3,6 +3,8 @@
 Always: every sample of a log yields a record; one that was cut or broke has the ending that says so.
 """
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | 
     notes = sample.store.get(STORE_KEY) or {}
     ending, error = _ending(sample, notes)
     played = [turn for message in sample.messages if (turn := turn_record(message))]
+    seconds = (sample.total_time or 0.0) + notes.get("seconds_before", 0.0)
     return EpisodeRecord(
         task=str(metadata.get("task", sample.id)),
         model=model.rsplit("/", 1)[-1],
@@ -37,7 +40,8 @@ def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | 
         ending=ending,
         error=error,
         score=_score(sample),
-        seconds=sample.total_time or 0.0,
+        seconds=seconds,
+        refused_requests=notes.get("refused_requests", 0),
         windows=1 + max((turn.window for turn in played if turn.window is not None), default=-1),
         messages=[_message_record(message, turns) for message in sample.messages],
         tools=notes.get("tools", []),
@@ -52,12 +56,14 @@ def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | 
 def _message_record(message: ChatMessage, turns: TurnStore | None) -> MessageRecord:
     turn = turn_record(message)
     sampled = turns[turn.key].reply if turns is not None and turn and turn.key else None
-    return MessageRecord.of(to_message(message, sampled))
+    return MessageRecord.of(replace(to_message(message, sampled), halved=turn.halved if turn else 0))
 
 
 def _score(sample: EvalSample) -> float | None:
     values = [score.value for score in (sample.scores or {}).values()]
-    return float(values[0]) if values and isinstance(values[0], int | float) else None
+    if not values or not isinstance(values[0], int | float) or math.isnan(values[0]):  # NaN: Inspect's "not scored"
+        return None
+    return float(values[0])
 
 
 def _ending(sample: EvalSample, notes: dict[str, Any]) -> tuple[Ending, str | None]:

@@ -1,27 +1,46 @@
 """The Inspect AI scorer: the submission as it stands, judged against the task's rubric in a fresh sandbox.
 
-Always: an episode is scored whatever its ending; a submission that cannot be fetched scores 0 with the reason.
+Always: an episode is scored whatever its ending, but for one that is to be gone on with; a submission that cannot be
+fetched scores 0 with the reason; where a task has no judge, the episode is marked as not scored.
 """
 
+import asyncio
+import re
 from pathlib import Path
 
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
-from inspect_ai.util import OutputLimitExceededError, sandbox
+from inspect_ai.util import SandboxUnavailableError, sandbox, store
 
+from megatron_klong.agent.archive import ArchiveError, archive_slot, read_tar, write_compressed
+from megatron_klong.agent.ending import Ending
+from megatron_klong.agent.scaffold import STORE_KEY
 from megatron_klong.agent.tools import SUBMISSION
+from megatron_klong.judge.checks import CheckError
 from megatron_klong.judge.grading import grade_submission
 
-_ARCHIVE = "/home/.submission.tar"
+SUBMISSION_SUFFIX = ".workspace.tar.zst"
 
 
 @scorer(metrics=[mean(), stderr()])
-def rubric_score(submission_bytes: int) -> Scorer:
-    """Grade the submission folder."""
+def rubric_score(submission_bytes: int, submissions: str | None = None) -> Scorer:
+    """Grade the submission folder; with `submissions`, keep it there too."""
 
     async def score(state: TaskState, target: Target) -> Score:
-        submission, fault = await _fetch(submission_bytes)
-        graded = await grade_submission(Path(state.metadata["folder"]), submission)
+        if (store().get(STORE_KEY) or {}).get("ending") == Ending.SUSPENDED:
+            return Score.unscored(reason="suspended", explanation="frozen; to be gone on with")
+        submission, fault = b"", None
+        async with archive_slot():
+            try:
+                submission = await read_tar(sandbox(), SUBMISSION, limit_bytes=submission_bytes)
+            except (ArchiveError, SandboxUnavailableError) as error:
+                fault = f"the submission could not be fetched: {error}"
+            if submissions is not None and fault is None:
+                await asyncio.to_thread(write_compressed, submission, submission_file(Path(submissions), state))
+        try:
+            graded = await grade_submission(Path(state.metadata["folder"]), submission)
+        except CheckError as error:
+            return Score.unscored(reason="no judge", explanation=str(error))
         return Score(
             value=graded.score,
             explanation=fault or graded.explanation,
@@ -31,15 +50,7 @@ def rubric_score(submission_bytes: int) -> Scorer:
     return score
 
 
-async def _fetch(limit_bytes: int) -> tuple[bytes, str | None]:
-    """The submission as a tar file; empty, with the reason, if it is too large or unreadable."""
-    made = await sandbox().exec(["tar", "-cf", _ARCHIVE, "-C", SUBMISSION, "."], timeout=60, timeout_retry=False)
-    if not made.success:
-        return b"", f"the submission could not be packed: {made.stderr.strip()}"
-    try:
-        content = await sandbox().read_file(_ARCHIVE, text=False)
-    except OutputLimitExceededError as error:
-        return b"", f"the submission is larger than {error.limit_str}"
-    if len(content) > limit_bytes:
-        return b"", f"the submission has {len(content):,} bytes, allowed are {limit_bytes:,}"
-    return content, None
+def submission_file(folder: Path, state: TaskState) -> Path:
+    """Where what an episode left is kept."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{state.sample_id}-{state.epoch}")
+    return folder / f"{name}{SUBMISSION_SUFFIX}"

@@ -12,6 +12,7 @@ from inspect_ai.model import ChatMessageUser
 
 import megatron_klong.sandbox.provider  # noqa: F401  # registers the sandbox `bubblewrap`
 from megatron_klong.agent.config import EpisodeConfig
+from megatron_klong.agent.frozen import episode_folder, newest_frozen
 from megatron_klong.agent.paper_task import PaperTask, load_tasks, read_split
 from megatron_klong.agent.scaffold import klong_scaffold
 from megatron_klong.agent.scoring import rubric_score
@@ -26,7 +27,13 @@ Call submit when the work is done."""
 
 @task
 def paper_replication(
-    tasks: str, tokenizer: str, split: str | None = None, config: str | None = None, **overrides: Any
+    tasks: str,
+    tokenizer: str,
+    split: str | None = None,
+    config: str | None = None,
+    freeze_folder: str | None = None,
+    submissions: str | None = None,
+    **overrides: Any,
 ) -> Task:
     """Play every task of a folder.
 
@@ -35,20 +42,40 @@ def paper_replication(
         tokenizer: the file whose tokens the context policy counts
         split: file with the ids to play
         config: TOML file of episode settings
+        freeze_folder: where episodes are frozen, and gone on with if one is there already
+        submissions: folder that is given what each episode left, as .tar.zst
         overrides: single settings by dotted name, such as timeout=2h or context.max_tokens=2048
     """
     flags = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
     settings = load_config(EpisodeConfig, [config] if config else [], flags)
     chosen = load_tasks(Path(tasks), read_split(Path(split)) if split else None)
-    return episode_task([sample(paper_task) for paper_task in chosen], settings, tokenizer)
+    samples = [sample(paper_task, frozen=_newest(freeze_folder, paper_task.id)) for paper_task in chosen]
+    return episode_task(samples, settings, tokenizer, freeze_folder=freeze_folder, submissions=submissions)
 
 
-def episode_task(samples: list[Sample], settings: EpisodeConfig, tokenizer: str, name: str | None = None) -> Task:
-    """The same from samples and checked settings."""
+def _newest(freeze_folder: str | None, sample_id: str) -> str | None:
+    """The state an episode goes on from, if it has one."""
+    found = None if freeze_folder is None else newest_frozen(episode_folder(Path(freeze_folder), sample_id))
+    return None if found is None else str(found)
+
+
+def episode_task(
+    samples: list[Sample],
+    settings: EpisodeConfig,
+    tokenizer: str,
+    name: str | None = None,
+    *,
+    freeze_folder: str | None = None,
+    submissions: str | None = None,
+) -> Task:
+    """The same from samples and checked settings.
+
+    freeze_folder: where episodes are frozen.  submissions: folder that is given what each left, as .tar.zst.
+    """
     return Task(
         dataset=samples,
-        solver=klong_scaffold(settings, tokenizer),
-        scorer=rubric_score(settings.submission_bytes),
+        solver=klong_scaffold(settings, tokenizer, freeze_folder),
+        scorer=rubric_score(settings.submission_bytes, submissions),
         sandbox="bubblewrap",
         time_limit=math.ceil(settings.hard_timeout.in_seconds),
         fail_on_error=False,
@@ -56,20 +83,24 @@ def episode_task(samples: list[Sample], settings: EpisodeConfig, tokenizer: str,
     )
 
 
-def sample(paper_task: PaperTask, rollout: int | None = None) -> Sample:
-    """A task to be played; rollout: which attempt at it, where Inspect's epochs do not count them."""
-    files = paper_task.shown_files()
+def sample(paper_task: PaperTask, rollout: int | None = None, frozen: str | None = None) -> Sample:
+    """A task to be played; rollout: which attempt at it, where Inspect's epochs do not count them.
+
+    frozen: the state to go on from, whose files take the place of the task's.
+    """
+    files = {} if frozen else paper_task.shown_files()
     programs = [shlex.quote(target) for target, file in files.items() if os.access(file, os.X_OK)]
     return Sample(
         id=paper_task.id if rollout is None else f"{paper_task.id}.{rollout}",
         input=[ChatMessageUser(content=INSTRUCTIONS)],
         files={target: str(file.resolve()) for target, file in files.items()},
         # Inspect copies contents, not modes.
-        setup="\n".join([f"mkdir -p {SUBMISSION}", *(f"chmod +x {program}" for program in programs)]),
+        setup=None if frozen else "\n".join([f"mkdir -p {SUBMISSION}", *(f"chmod +x {name}" for name in programs)]),
         metadata={
             "task": paper_task.id,
             "rollout": rollout,
             "title": paper_task.title,
             "folder": str(paper_task.folder.resolve()),
+            "frozen": frozen,
         },
     )

@@ -1,8 +1,8 @@
 """The tools an agent has, with PaperBench's names and arguments, run in the episode's sandbox.
 
 Always: a fault of a command is text for the agent; a fault of the sandbox is an exception for the episode. Work tools
-say (or, by config, insist) that the paper be read first; `submit` is refused while the paper is unread or
-`reproduce.sh` is missing, with the reason.
+say (or, by config, insist) that the paper be read first; `submit` is refused, with every reason, before its time and
+while something it needs is missing.
 """
 
 import math
@@ -11,7 +11,9 @@ from collections.abc import Awaitable, Callable
 from inspect_ai.tool import ToolDef
 from inspect_ai.util import ExecResult, OutputLimitExceededError, sandbox
 
-from megatron_klong.agent.config import EpisodeConfig, ToolName
+from megatron_klong.agent.config import EpisodeConfig, SubmitNeed, ToolName
+from megatron_klong.agent.deadline import Deadline, readable_seconds
+from megatron_klong.agent.jobs import Jobs
 from megatron_klong.agent.reading import ReadingTracker
 
 SUBMISSION = "/home/submission"
@@ -23,10 +25,12 @@ _MATCHES_PER_PAGE = 5
 class Toolbox:
     """The tools of one episode. `end_message` is set once a submission has been accepted."""
 
-    def __init__(self, config: EpisodeConfig, reading: ReadingTracker) -> None:
+    def __init__(self, config: EpisodeConfig, reading: ReadingTracker, deadline: Deadline) -> None:
         self.end_message: str | None = None
+        self.jobs = Jobs()
         self._config = config
         self._reading = reading
+        self._deadline = deadline
 
     def tools(self) -> list[ToolDef]:
         """Those the configuration names, in its order."""
@@ -35,6 +39,8 @@ class Toolbox:
             "python": self.python,
             "read_file_chunk": self.read_file_chunk,
             "search_file": self.search_file,
+            "background": self.background,
+            "jobs": self.list_jobs,
             "submit": self.submit,
         }
         return [ToolDef(functions[name], name=name, parallel=False) for name in self._config.tools]
@@ -97,33 +103,79 @@ class Toolbox:
         ]
         return "\n--\n".join([f"{len(found)} matches. Page {page} of {pages}.", *blocks])
 
+    async def background(self, cmd: str) -> str:
+        """Start a shell command that runs on while you go on; bash and python end all they leave running.
+
+        Args:
+            cmd: the command
+        """
+        return self._unread() or await self.jobs.start(cmd, SUBMISSION)
+
+    async def list_jobs(self, stop: int = 0) -> str:
+        """List the commands started with background.
+
+        Args:
+            stop: number of one to stop
+        """
+        return await self.jobs.stop(stop) if stop else self.jobs.listing()
+
     async def submit(self, end_message: str) -> str:
         """End the work and hand in the submission.
 
         Args:
             end_message: what was done
         """
-        if self._config.reading != "off" and not self._reading.complete:
-            return f"Not accepted: the paper is not read yet ({self._reading.progress})."
-        result = await sandbox().exec(["test", "-s", f"{SUBMISSION}/reproduce.sh"])
-        if not result.success:
-            return f"Not accepted: {SUBMISSION}/reproduce.sh is missing."
+        if missing := [reason for need in self._config.submit_needs if (reason := await self._missing(need))]:
+            return f"Not accepted: {'; '.join(missing)}."
+        opens_in = self._config.submit_after * self._deadline.seconds - self._deadline.elapsed
+        if opens_in > 0:
+            share = self._deadline.elapsed / self._deadline.seconds
+            return (
+                f"Not accepted yet: only {share:.0%} of the time is used, and there is work that can be improved. "
+                f"A submission is taken from {self._config.submit_after:.0%} on, in {readable_seconds(opens_in)}."
+            )
         self.end_message = end_message
         return "Submitted."
 
-    async def _work(self, command: list[str], input: str | None = None) -> str:
+    async def _missing(self, need: SubmitNeed) -> str | None:
+        """Why a submission lacks it, or None."""
+        match need:
+            case "reading":
+                if self._config.reading == "off" or self._reading.complete:
+                    return None
+                return f"the paper is not read yet ({self._reading.progress})"
+            case "reproduce.sh":
+                found = await sandbox().exec(["test", "-s", f"{SUBMISSION}/reproduce.sh"], timeout_retry=False)
+                return None if found.success else f"{SUBMISSION}/reproduce.sh is missing"
+            case "commit":
+                found = await sandbox().exec(["git", "-C", SUBMISSION, "rev-parse", "HEAD"], timeout_retry=False)
+                return None if found.success else f"nothing is committed to git in {SUBMISSION}"
+
+    def _unread(self) -> str | None:
+        """The refusal of a work tool while the paper is unread, by config."""
         if self._config.reading == "refuse" and not self._reading.complete:
             return f"Refused: read {PAPER} first ({self._reading.progress})."
+        return None
+
+    async def _work(self, command: list[str], input: str | None = None) -> str:
+        if refusal := self._unread():
+            return refusal
         timeout = math.ceil(self._config.command_timeout.in_seconds)
         try:
             result = await sandbox().exec(
                 command, input=input, cwd=SUBMISSION, timeout=timeout, timeout_retry=False, concurrency=False
             )
-        except TimeoutError:
-            return f"Killed: the command ran longer than {self._config.command_timeout}."
+        except TimeoutError as error:
+            printed = getattr(error, "truncated_output", None) or ""
+            return f"{printed}\nKilled: the command ran longer than {self._config.command_timeout}.".lstrip("\n")
         except OutputLimitExceededError as error:
             return f"{error.truncated_output or ''}\nKilled: the output exceeded {error.limit_str}; write it to a file."
         return _readable(result)
+
+
+def tools_of(config: EpisodeConfig) -> list[ToolDef]:
+    """The tools as an engine is told of them, where no episode is played; they are not to be called."""
+    return Toolbox(config, ReadingTracker(""), Deadline(0.0, total=float, working=float)).tools()
 
 
 def _readable(result: ExecResult[str]) -> str:
@@ -144,9 +196,20 @@ async def _read_lines(file: str) -> list[str] | str:
         return f"Error: {path}: {type(error).__name__}"
 
 
-def cut_middle(text: str, limit: int) -> str:
+async def shortened(text: str, limit: int, path: str) -> str:
+    """A result for the agent: one longer than `limit` characters is cut in the middle, and is whole in file `path`."""
+    if len(text) <= limit:
+        return text
+    try:
+        await sandbox().write_file(path, text)
+    except (OSError, TimeoutError, OutputLimitExceededError):  # the sandbox's disk is full, say: the agent's affair
+        return cut_middle(text, limit)
+    return cut_middle(text, limit, f"; all of it is in {path}")
+
+
+def cut_middle(text: str, limit: int, note: str = "") -> str:
     """Shorten a long result to about `limit` characters, keeping its head and its tail."""
     if len(text) <= limit:
         return text
     half = limit // 2
-    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[len(text) - half :]}"
+    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out{note}]\n{text[len(text) - half :]}"

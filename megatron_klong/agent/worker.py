@@ -31,6 +31,8 @@ class Played(Config):
 
     task_folder: str
     rollout: int = 1
+    frozen: str | None = None
+    """A state to go on from (agent/frozen.py)."""
 
 
 class Job(Config):
@@ -49,6 +51,10 @@ class Job(Config):
     """Episodes at once."""
     log_folder: str
     record_folder: str
+    freeze_folder: str | None = None
+    """Where episodes are frozen, when a file FREEZE there asks for it or every so many turns."""
+    submission_folder: str | None = None
+    """Keeps what each episode left, as .tar.zst."""
 
 
 def sampled_file(record: Path) -> Path:
@@ -111,9 +117,16 @@ def load_model(job: Job) -> Model:
 
 def run(job: Job, model: Model) -> None:
     """Play the job's episodes, logs into its log folder."""
-    samples = [sample(load_task(Path(played.task_folder)), played.rollout) for played in job.episodes]
+    samples = [sample(load_task(Path(played.task_folder)), played.rollout, played.frozen) for played in job.episodes]
     logs = inspect_eval(
-        episode_task(samples, job.settings, job.tokenizer, job.name),
+        episode_task(
+            samples,
+            job.settings,
+            job.tokenizer,
+            job.name,
+            freeze_folder=job.freeze_folder,
+            submissions=job.submission_folder,
+        ),
         model=model,
         max_samples=job.max_episodes,
         max_connections=job.max_episodes,

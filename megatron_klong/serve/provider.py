@@ -81,14 +81,19 @@ class KlongAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Sample one turn. Raises ServerError, ProtocolError, UnknownTurn."""
+        """Sample one turn; a prompt that is too long gives an output that says so.
+
+        Raises ServerError, ProtocolError, UnknownTurn.
+        """
         _check_supported(tool_choice, config)
         prompt = self.prompt_ids(input, tools)
         longest = await self._longest_sequence()
         last = next((message.id for message in reversed(input) if message.role == "assistant"), None)
         episode = self._episodes.get(last or "") or uuid4().hex
         if len(prompt) >= longest:
-            raise ProtocolError(f"a prompt of {len(prompt)} tokens leaves no room in the server's {longest}")
+            # Inspect's word for it; the scaffold asks again with less history
+            said = f"a prompt of {len(prompt)} tokens leaves no room in the server's {longest}"
+            return ModelOutput.from_content(self.model_name, said, stop_reason="model_length")
         request = CompletionRequest(
             prompt_token_ids=tuple(prompt),
             max_tokens=min(config.max_tokens or longest, longest - len(prompt)),

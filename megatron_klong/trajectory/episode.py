@@ -91,7 +91,9 @@ class MessageRecord(_Record):
 class TurnRecord(_Record):
     """One turn: the window and fingerprint of its prompt (None if no window can hold the turn) and its seconds.
 
-    key: of the reply in the file of sampled turns; None if a teacher replied.
+    key: of the reply in the file of sampled turns; None if a teacher replied.  halved: as in schema.Message.
+    model_seconds: of the reply, without what was waited for the engine's queue and retries (given_back_seconds).
+    tool_seconds: of the tools it called.
     """
 
     key: str | None = None
@@ -100,6 +102,8 @@ class TurnRecord(_Record):
     prompt_sha256: str | None
     model_seconds: float
     given_back_seconds: float
+    tool_seconds: float = 0.0
+    halved: int = 0
 
 
 class PolicyRecord(_Record):
@@ -141,6 +145,8 @@ class EpisodeRecord(_Record):
     score: float | None
     seconds: float
     windows: int
+    refused_requests: int = 0
+    """By the egress filter."""
     messages: list[MessageRecord]
     tools: list[dict[str, Any]]
     turns: list[TurnRecord]

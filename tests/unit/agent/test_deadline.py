@@ -9,9 +9,9 @@ def test_the_deadline_stands_still_while_others_are_awaited() -> None:
     total, working = [100.0], [40.0]
     deadline = Deadline(60, total=lambda: total[0], working=lambda: working[0])
     total[0], working[0] = 140.0, 60.0  # 40 seconds passed, 20 of them waiting
-    assert (deadline.elapsed, deadline.remaining, deadline.given_back) == (20.0, 40.0, 20.0)
+    assert (deadline.elapsed, deadline.remaining, deadline.waited) == (20.0, 40.0, 20.0)
     total[0], working[0] = 190.0, 110.0
-    assert (deadline.remaining, deadline.given_back) == (-10.0, 20.0)
+    assert (deadline.remaining, deadline.waited) == (-10.0, 20.0)
 
 
 @pytest.mark.parametrize(

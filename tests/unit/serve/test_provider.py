@@ -162,8 +162,9 @@ def test_a_cut_reply_and_the_room_that_is_left(provider: Callable[[Scripted], Kl
     assert output.message.tool_calls is not None
     assert "not closed" in (output.message.tool_calls[0].parse_error or "")
     assert len(engine.asked[0].prompt_token_ids) + engine.asked[0].max_tokens == LIMIT
-    with pytest.raises(ProtocolError, match="no room"):
-        ask(api, [*TASK, ChatMessageUser(content="x" * LIMIT)])
+    too_long = ask(api, [*TASK, ChatMessageUser(content="x" * LIMIT)])
+    assert too_long.stop_reason == "model_length"
+    assert "leaves no room in the server" in too_long.completion
 
 
 def test_errors_say_whether_to_try_again(provider: Callable[[Scripted], KlongAPI]) -> None:

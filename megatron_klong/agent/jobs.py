@@ -1,0 +1,63 @@
+"""Commands that an episode leaves running: started, listed and stopped by number.
+
+In the sandboxes of this package each is a command of its own (sandbox/background.py). Other providers keep processes
+from call to call, so there a plain `nohup ... &` does it, and the agent is told so.
+"""
+
+from inspect_ai.util import sandbox
+
+from megatron_klong.agent.deadline import readable_seconds
+from megatron_klong.sandbox.background import BackgroundCommand
+from megatron_klong.sandbox.provider import BubblewrapSandbox
+from megatron_klong.sandbox.results import TooManyCommands
+
+_ELSEWHERE = "Error: this sandbox keeps processes by itself; start it in the shell with `nohup COMMAND > FILE 2>&1 &`"
+
+
+class Jobs:
+    """The background commands of one episode."""
+
+    def __init__(self) -> None:
+        self._jobs: list[BackgroundCommand] = []
+
+    @property
+    def running(self) -> list[str]:
+        """The commands that run, as they were written."""
+        return [job.command[-1] for job in self._jobs if job.running]
+
+    async def start(self, cmd: str, cwd: str) -> str:
+        """Start one; the text for the agent."""
+        environment = sandbox()
+        if not isinstance(environment, BubblewrapSandbox):
+            return _ELSEWHERE
+        output = f"/tmp/jobs/{len(self._jobs) + 1}.txt"
+        try:
+            job = await environment.bubblewrap.start(["bash", "-c", cmd], output_path=output, cwd=cwd)
+        except (TooManyCommands, OSError) as error:
+            return f"Error: {error}"
+        self._jobs.append(job)
+        return f"Job {len(self._jobs)} runs; what it prints goes to {output}."
+
+    async def stop(self, number: int) -> str:
+        """Stop one; the text for the agent."""
+        if not 1 <= number <= len(self._jobs):
+            return f"Error: there is no job {number}."
+        await self._jobs[number - 1].stop()
+        return self.listing()
+
+    async def stop_all(self) -> None:
+        for job in self._jobs:
+            await job.stop()
+
+    def listing(self) -> str:
+        """All of them, for the agent."""
+        if not self._jobs:
+            return "There are no jobs."
+        return "\n".join(_line(number, job) for number, job in enumerate(self._jobs, 1))
+
+
+def _line(number: int, job: BackgroundCommand) -> str:
+    command = job.command[-1].strip().splitlines() or [""]
+    shown = command[0] if len(command) == 1 and len(command[0]) <= 100 else f"{command[0][:100]} ..."
+    state = "runs since" if job.running else f"ended with exit code {job.returncode} after"
+    return f"{number}: {state} {readable_seconds(job.seconds)}, output in {job.output_path}: {shown}"
