@@ -6,8 +6,11 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
+
+from megatron_klong.sandbox.limits import SandboxLimits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +19,25 @@ class Launch:
 
     argv: list[bytes]
     descriptors: tuple[int, ...] = ()
+
+
+class SandboxNetwork(Protocol):
+    """A network namespace that outlives single commands; what can be reached from it is its maker's affair."""
+
+    def enter(self) -> Sequence[str]:
+        """What to put in front of a command line so that it runs in that namespace."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxSpec:
+    """What one sandbox shall be; `create` of the backends says what each part means."""
+
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    network: SandboxNetwork | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    read_only_files: Mapping[str, Path] = field(default_factory=dict)
+    image: Path | None = None
+    seccomp: bool = True
 
 
 class Backend(Protocol):
@@ -35,10 +57,3 @@ class Backend(Protocol):
         The descriptors are open until the end of the `with` block, in which the process is started. ValueError for
         arguments that no process can be given.
         """
-
-
-class SandboxNetwork(Protocol):
-    """A network namespace that outlives single commands; what can be reached from it is its maker's affair."""
-
-    def enter(self) -> Sequence[str]:
-        """Arguments to put before a command so that it runs in that namespace, on a machine of its own otherwise."""

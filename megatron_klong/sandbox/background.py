@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megatron_klong.sandbox.process import Child
-from megatron_klong.sandbox.results import CommandResult, SandboxUnavailable
+from megatron_klong.sandbox.results import CommandResult, Killed, SandboxUnavailable
 
 START_SECONDS = 60.0
 
@@ -77,6 +77,8 @@ class BackgroundCommand:
     async def _run(self) -> None:
         try:
             self.result = self._result_of(await self._child.run())
+        except Killed as killed:
+            self.result = killed.result
         except SandboxUnavailable as error:  # it was stopped, or could not be set up
             self.error = error
         finally:

@@ -16,17 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from megatron_klong.sandbox.backend import SandboxNetwork
+from megatron_klong.sandbox.backend import SandboxNetwork, SandboxSpec
 from megatron_klong.sandbox.command_line import BubblewrapBackend, Tools
 from megatron_klong.sandbox.directories import reap_stale
 from megatron_klong.sandbox.limits import SandboxLimits
+from megatron_klong.sandbox.place import make_place
 from megatron_klong.sandbox.results import (
     CommandResult,
     CommandTimeout,
     OutputLimitExceeded,
     SandboxUnavailable,
 )
-from megatron_klong.sandbox.sandbox import Sandbox, close_all, directory_for
+from megatron_klong.sandbox.sandbox import Sandbox, close_all
 from megatron_klong.sandbox.transfer import MISSING_TOOLS
 
 __all__ = [
@@ -42,13 +43,12 @@ __all__ = [
 
 PROBE_SECONDS = 20.0
 
-_tools: Tools | None = None  # what the probe found, once it succeeded
-_unavailable: str | None = None  # why not, once it failed
+_found: dict[bool, Tools | str] = {}  # by seccomp: what the probe found, or why it failed
 
 
-async def check_available() -> None:
+async def check_available(*, seccomp: bool = True) -> None:
     """Probe this machine by running a real sandbox, once per process. SandboxUnavailable says what to do."""
-    await _available_tools()
+    await _available_tools(seccomp=seccomp)
 
 
 class Bubblewrap(Sandbox):
@@ -63,67 +63,51 @@ class Bubblewrap(Sandbox):
         environment: Mapping[str, str] | None = None,
         read_only_files: Mapping[str, Path] | None = None,
         image: Path | None = None,
+        seccomp: bool = True,
         label: str = "sandbox",
     ) -> Self:
         """A new, empty sandbox.
 
         `network`: its namespace, for all commands of the sandbox; without one each command has an empty one.
         `environment`: variables of every command. `read_only_files`: {absolute path inside: file or directory of
-        the host}. `image`: an unpacked root file system, in place of the host's programs. `label` shows in the
-        name of its directory. Raises SandboxUnavailable, ValueError.
+        the host}. `image`: an unpacked root file system, in place of the host's programs. `seccomp`: refuse
+        system calls that it has no use for (see `seccomp`). `label` shows in the names of its directory and
+        control groups. Raises SandboxUnavailable, ValueError.
         """
-        return await cls._create(
-            await _available_tools(),
+        spec = SandboxSpec(
             limits=limits or SandboxLimits(),
             network=network,
-            environment=environment,
-            read_only_files=read_only_files,
+            environment=environment or {},
+            read_only_files=read_only_files or {},
             image=image,
-            label=label,
+            seccomp=seccomp,
         )
+        return await cls._create(await _available_tools(seccomp=seccomp), spec, label)
 
     @classmethod
-    async def _create(
-        cls,
-        tools: Tools,
-        *,
-        limits: SandboxLimits,
-        network: SandboxNetwork | None = None,
-        environment: Mapping[str, str] | None = None,
-        read_only_files: Mapping[str, Path] | None = None,
-        image: Path | None = None,
-        label: str,
-    ) -> Self:
-        directory = await directory_for(label)
+    async def _create(cls, tools: Tools, spec: SandboxSpec, label: str) -> Self:
+        place = await make_place(label, spec.limits)
         try:
-            backend = BubblewrapBackend(
-                tools=tools,
-                directory=directory,
-                limits=limits,
-                network=network,
-                image=image,
-                read_only_files=read_only_files,
-            )
-            return cls(backend=backend, directory=directory, limits=limits, environment=environment)
+            backend = BubblewrapBackend(tools=tools, directory=place.directory, spec=spec)
+            return cls(backend=backend, place=place, limits=spec.limits, environment=spec.environment)
         except BaseException:
-            shutil.rmtree(directory)
+            await place.remove()
             raise
 
 
-async def _available_tools() -> Tools:
-    global _tools, _unavailable
-    if _unavailable is not None:
-        raise SandboxUnavailable(_unavailable)
-    if _tools is None:
+async def _available_tools(*, seccomp: bool) -> Tools:
+    if seccomp not in _found:
         try:
-            _tools = await _probe()
+            _found[seccomp] = await _probe(seccomp=seccomp)
         except SandboxUnavailable as error:
-            _unavailable = str(error)
-            raise
-    return _tools
+            _found[seccomp] = str(error)
+    found = _found[seccomp]
+    if isinstance(found, str):
+        raise SandboxUnavailable(found)
+    return found
 
 
-async def _probe() -> Tools:
+async def _probe(*, seccomp: bool) -> Tools:
     """Look for the programs, then run a sandbox exactly as commands will; without --disable-userns if need
     be."""
     if not hasattr(os, "pidfd_open"):
@@ -137,7 +121,7 @@ async def _probe() -> Tools:
     attempts = [Tools(bwrap=bwrap, setpriv=setpriv, disable_userns=disable_userns) for disable_userns in (True, False)]
     failures = []
     for tools in attempts:
-        async with await Bubblewrap._create(tools, limits=SandboxLimits(), label="probe") as sandbox:
+        async with await Bubblewrap._create(tools, SandboxSpec(seccomp=seccomp), "probe") as sandbox:
             try:
                 result = await sandbox.run(["/bin/sh", "-c", MISSING_TOOLS], timeout_seconds=PROBE_SECONDS)
             except (SandboxUnavailable, TimeoutError) as error:

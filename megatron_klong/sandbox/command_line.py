@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_klong.sandbox.backend import Launch, SandboxNetwork
-from megatron_klong.sandbox.directories import ROOT_RUNS_AS_UID, SANDBOX_UID
+from megatron_klong.sandbox.backend import Launch, SandboxSpec
+from megatron_klong.sandbox.directories import ROOT_RUNS_AS_UID, SANDBOX_UID, filter_file
 from megatron_klong.sandbox.first_process import HOME, encoded
 from megatron_klong.sandbox.limits import MIB, SandboxLimits
 
@@ -54,19 +54,12 @@ class BubblewrapBackend:
 
     program = "bwrap"
 
-    def __init__(
-        self,
-        *,
-        tools: Tools,
-        directory: Path,
-        limits: SandboxLimits,
-        network: SandboxNetwork | None = None,
-        image: Path | None = None,
-        read_only_files: Mapping[str, Path] | None = None,
-    ) -> None:
-        """ValueError for an image or files that cannot be shown."""
+    def __init__(self, *, tools: Tools, directory: Path, spec: SandboxSpec) -> None:
+        """ValueError for an image or files that cannot be shown, SandboxUnavailable without a filter."""
         self.owner = ROOT_RUNS_AS_UID if tools.setpriv is not None else None
-        self._network = network
+        self._network = spec.network
+        self._filter = filter_file() if spec.seccomp else None
+        image = spec.image
         privileges: list[str] = []
         if tools.setpriv is not None:
             ids = f"{ROOT_RUNS_AS_UID}"
@@ -75,10 +68,10 @@ class BubblewrapBackend:
             [
                 *privileges,
                 tools.bwrap,
-                *_namespaces(tools, own_network=network is None),
+                *_namespaces(tools, own_network=spec.network is None),
                 *(_system() if image is None else _system_of(image)),
-                *_own(directory, limits, None if image is None else image / "etc"),
-                *_shown(read_only_files or {}),
+                *_own(directory, spec.limits, None if image is None else image / "etc"),
+                *_shown(spec.read_only_files),
                 *("--remount-ro", "/", "--chdir", "/"),
             ]
         )
@@ -88,7 +81,16 @@ class BubblewrapBackend:
         """See Backend."""
         variables = [word for name, value in environment.items() for word in ("--setenv", name, value)]
         before = encoded(self._network.enter()) if self._network is not None else []
-        yield Launch(argv=[*before, *self._fixed, *encoded(variables), *encoded(command)])
+        argv = [*before, *self._fixed, *encoded(variables)]
+        if self._filter is None:
+            yield Launch(argv=[*argv, *encoded(command)])
+            return
+        descriptor = os.open(self._filter, os.O_RDONLY | os.O_CLOEXEC)  # opened anew: bwrap reads it from where it is
+        try:
+            argv += [b"--seccomp", str(descriptor).encode()]
+            yield Launch(argv=[*argv, *encoded(command)], descriptors=(descriptor,))
+        finally:
+            os.close(descriptor)
 
 
 def _namespaces(tools: Tools, *, own_network: bool) -> list[str]:

@@ -2,6 +2,8 @@
 
     $TMPDIR/klong-sandboxes-<uid>/           0711, ours
       <pid>-<start time>/                    one runner (this process), locked with flock while it lives
+        cgroups                              the control groups that it made, one a line
+        filter.bpf                           the filter of system calls, once a sandbox has wanted it
         etc/                                 passwd, group, hosts, nsswitch.conf that every sandbox is shown
         <label>-xxxxxxxx/home, tmp           one sandbox: its /home and /tmp, owned by the uid it runs as
 
@@ -26,12 +28,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_klong.sandbox import cgroups
+from megatron_klong.sandbox.cgroups import Cgroups
 from megatron_klong.sandbox.results import SandboxUnavailable
+from megatron_klong.sandbox.seccomp import filter_program
 
 SANDBOX_USER = "agent"
 SANDBOX_UID = 1000  # inside
 ROOT_RUNS_AS_UID = 64001  # outside, when started by root: an id of Debian's reserved range, which owns nothing
+PARTS = ("home", "tmp")  # of a sandbox's directory, that it can write
 REMOVE_SECONDS = 120.0
+_GROUPS, _FILTER = "cgroups", "filter.bpf"
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +60,7 @@ class _Runner:
 
     directory: Path
     lock: int
+    cgroups: Cgroups | None  # None: there can be none here
 
 
 _runner: _Runner | None = None
@@ -71,12 +79,28 @@ def runner_directory() -> Path:
     return _runner.directory
 
 
+def runner_cgroups() -> Cgroups | None:
+    """The control groups of this process; None where there can be none."""
+    runner_directory()
+    assert _runner is not None, "made just now"
+    return _runner.cgroups
+
+
+def filter_file() -> Path:
+    """The file with the filter of system calls. SandboxUnavailable."""
+    file = runner_directory() / _FILTER
+    if not file.exists():
+        file.write_bytes(filter_program())
+        file.chmod(0o644)
+    return file
+
+
 def make_sandbox_directory(label: str) -> Path:
     """A new directory for one sandbox, with `home` and `tmp` that belong to its uid."""
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", label).strip("-.")[:40] or "sandbox"
     directory = Path(tempfile.mkdtemp(prefix=f"{safe}-", dir=runner_directory()))
     directory.chmod(0o711)
-    for name in ("home", "tmp"):
+    for name in PARTS:
         part = directory / name
         part.mkdir(mode=0o700)
         if os.geteuid() == 0:
@@ -103,6 +127,8 @@ def remove_runner_directory() -> None:
     """Remove what this process has on disk; a later call of `runner_directory` starts anew."""
     global _runner
     if _runner is not None:
+        if _runner.cgroups is not None:
+            _runner.cgroups.remove()
         remove(_runner.directory)
         os.close(_runner.lock)
         _runner = None
@@ -124,6 +150,7 @@ def stale_directories() -> list[Path]:
         if match is None or start_time(int(match[1])) == int(match[2]) or not _lock_is_free(directory):
             continue
         _kill_unborn_sandboxes(directory)
+        _remove_groups(directory)
         stale.append(directory)
     return stale
 
@@ -155,7 +182,24 @@ def _make_runner() -> _Runner:
     for name, text in _ETC.items():
         (etc / name).write_text(text)
         (etc / name).chmod(0o644)
-    return _Runner(directory=directory, lock=lock)
+    return _Runner(directory=directory, lock=lock, cgroups=_make_groups(directory))
+
+
+def _make_groups(runner: Path) -> Cgroups | None:
+    (runner / _GROUPS).write_text("".join(f"{group}\n" for group in cgroups.planned(runner.name)))
+    try:
+        return cgroups.find(runner.name)
+    except cgroups.CgroupsUnavailable as error:
+        logger.info("no control groups, so limits hold for single processes only: %s", error)
+        return None
+
+
+def _remove_groups(runner: Path) -> None:
+    """Those that a dead runner noted, with what still runs in them."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in (runner / _GROUPS).read_text().splitlines():
+            if Path(line).name == f"klong-{runner.name}":
+                cgroups.remove_tree(Path(line))
 
 
 def _base_directory() -> Path:

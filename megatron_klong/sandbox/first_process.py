@@ -32,7 +32,8 @@ STARTED = b"\0"  # the first byte on stderr, when all is set up; what comes befo
 GO_WITH_INPUT, GO = b"given\n", b"none\n"  # the answer to it on stdin: does input follow, or is it /dev/null?
 ULIMIT_BLOCK = 512
 
-# The shell's own stderr is closed for the rest: it would remark on a killed command ("Killed"), which is ours to say.
+# The shell's own stderr is closed at the end: it would remark on a killed command ("Killed"), which is ours to say.
+# What it would rightly remark on, that it cannot fork, is said by a trap.
 _WAIT = r"""printf '\000' >&2
 read -r klong_stdin || exit 125
 [ "$klong_stdin" = given ] || exec </dev/null
@@ -50,16 +51,22 @@ shift
 _RUN = """shift
 unset OLDPWD klong_stdin
 exec 3>&2 2>/dev/null
+trap 'echo "sandbox: cannot fork" >&3; exit 126' EXIT
 (exec "$@" 2>&3 3>&-)
-exit $?"""
+set -- $?
+trap - EXIT
+exit $1"""
 
 
-def first_process(limits: SandboxLimits, *, address_space: bool, output_to_file: bool = False) -> list[str]:
+def first_process(limits: SandboxLimits, *, address_space: bool, full: bool, output_to_file: bool = False) -> list[str]:
     """The arguments that start it; to follow are a directory, with `output_to_file` a file, and the command.
 
     `address_space`: whether each process is limited to `memory_bytes` of it, for want of a better limit of memory.
+    `full`: no file may grow.
     """
-    script = _ulimits(limits, address_space=address_space) + _WAIT + (_TO_FILE if output_to_file else "") + _RUN
+    script = (
+        _ulimits(limits, address_space=address_space, full=full) + _WAIT + (_TO_FILE if output_to_file else "") + _RUN
+    )
     return ["/bin/sh", "-c", script, SHELL_NAME]
 
 
@@ -77,13 +84,13 @@ def encoded(arguments: Sequence[str]) -> list[bytes]:
     return result
 
 
-def _ulimits(limits: SandboxLimits, *, address_space: bool) -> str:
-    file_blocks = _allowed(resource.RLIMIT_FSIZE, limits.file_bytes) // ULIMIT_BLOCK
+def _ulimits(limits: SandboxLimits, *, address_space: bool, full: bool) -> str:
+    file_bytes = 0 if full else _allowed(resource.RLIMIT_FSIZE, min(limits.file_bytes, limits.disk_bytes))
     processes = _allowed(resource.RLIMIT_NPROC, limits.processes)
     wanted = [
         "ulimit -c 0",
         f"ulimit -n {_allowed(resource.RLIMIT_NOFILE, limits.open_files)}",
-        f"ulimit -f {file_blocks}",
+        f"ulimit -f {file_bytes // ULIMIT_BLOCK}",
         f"{{ ulimit -u {processes} 2>/dev/null || ulimit -p {processes}; }}",  # bash || dash, busybox
     ]
     if address_space:

@@ -1,8 +1,7 @@
 """What one sandbox may use: a frozen record of limits, checked when it is made.
 
-Limits of memory, file size, open files and CPU time hold for each process; the number of processes holds for
-one sandbox command with everything it starts. Limits of bytes read hold for the caller's own memory. Knows
-nothing of how a sandbox applies them.
+Each says for what it holds: a process, a command, or the sandbox as a whole. Limits of bytes read hold for the
+caller's own memory. Knows nothing of how a sandbox applies them.
 """
 
 from dataclasses import dataclass, fields
@@ -19,12 +18,21 @@ class SandboxLimits:
     """Limits of one sandbox. A value above the host's own hard limit is lowered to it."""
 
     memory_bytes: int = 8 * GIB
-    """Address space of each process (RLIMIT_AS). It counts reserved memory too: runtimes such as node or a
-    large torch need more than they use."""
+    """Memory of all processes of the sandbox together, with what the kernel keeps of their files, /dev/shm and swap.
+    Without control groups: the address space of each process (RLIMIT_AS), which counts reserved memory too, so that
+    node or a large torch need more than they use."""
     processes: int = 512
-    """Processes and threads at once, within one command and all it starts (RLIMIT_NPROC)."""
+    """Processes and threads at once: of the whole sandbox by control groups, and in any case of one command and all
+    it starts (RLIMIT_NPROC)."""
+    cpus: float | None = None
+    """CPU seconds a second, of all processes of the sandbox together; None for no limit, which is also what there is
+    without control groups."""
+    disk_bytes: int = 20 * GIB
+    """What /home and /tmp may hold together. A command that exceeds it is killed soon after (see `disk`)."""
+    files: int = 1_000_000
+    """Files and directories that /home and /tmp may hold together."""
     file_bytes: int = 4 * GIB
-    """The largest file a process may write (RLIMIT_FSIZE). The sum over all files is not limited."""
+    """The largest file a process may write (RLIMIT_FSIZE); at most `disk_bytes`."""
     open_files: int = 4096
     """File descriptors of each process (RLIMIT_NOFILE)."""
     cpu_seconds: int | None = None
@@ -49,3 +57,11 @@ class SandboxLimits:
             )
         if self.processes < 4:
             raise ValueError(f"SandboxLimits.processes is {self.processes}; a shell and a pipe already need 4")
+
+
+def size(bytes: int) -> str:
+    """As people read it: 8 GiB, 1.5 GiB, 64 MiB."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if bytes >= unit:
+            return f"{bytes / unit:.3g} {name}"
+    return f"{bytes} bytes"

@@ -119,12 +119,7 @@ class Child:
             if not self._outcome.done():
                 raise self._timeout(timeout_seconds)
             self._outcome.result()
-            return CommandResult(
-                returncode=self._process.returncode,
-                stdout=bytes(self._stdout.data),
-                stderr=bytes(self._stderr.data),
-                seconds=time.monotonic() - self._started,
-            )
+            return self._result(self._process.returncode)
         except GeneratorExit:  # the loop is gone, and nothing may be awaited: `destroy` below does it all
             raise
         except BaseException:
@@ -142,6 +137,10 @@ class Child:
     def stderr(self) -> bytes:
         """What it has printed there so far; nothing once `run` has returned."""
         return bytes(self._stderr.data)
+
+    def result_if_killed(self) -> CommandResult:
+        """What it would come to if it were killed now."""
+        return self._result(128 + signal.SIGKILL)
 
     async def told(self, stderr_bytes: int) -> None:
         """Wait until the process has printed so much to stderr, or has ended."""
@@ -195,6 +194,14 @@ class Child:
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _result(self, returncode: int) -> CommandResult:
+        return CommandResult(
+            returncode=returncode,
+            stdout=bytes(self._stdout.data),
+            stderr=bytes(self._stderr.data),
+            seconds=time.monotonic() - self._started,
+        )
 
     def _timeout(self, timeout_seconds: float | None) -> CommandTimeout:
         assert timeout_seconds is not None, "without a timeout, only an outcome ends the wait"

@@ -16,10 +16,24 @@ class CommandResult:
     stdout: bytes
     stderr: bytes
     seconds: float
+    out_of_memory: bool = False
+    """Whether the kernel killed some process meanwhile because the sandbox's memory was used up."""
+    out_of_disk: bool = False
+    """Whether it was killed because /home and /tmp held more than they may."""
+    notice: str = ""
+    """What to tell an agent beside the output: which limit was met, and what to do."""
 
 
 class SandboxUnavailable(RuntimeError):
     """The sandbox could not be provided; the message says what to install or to do."""
+
+
+class Killed(Exception):
+    """Ends a command from within the provider, with this as its result."""
+
+    def __init__(self, result: CommandResult) -> None:
+        super().__init__(result.notice)
+        self.result = result
 
 
 class TooManyCommands(RuntimeError):

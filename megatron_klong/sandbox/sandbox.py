@@ -16,22 +16,15 @@ import errno
 import logging
 import os
 import posixpath
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from megatron_klong.sandbox import transfer
 from megatron_klong.sandbox.backend import Backend
 from megatron_klong.sandbox.background import START_SECONDS, BackgroundCommand
-from megatron_klong.sandbox.directories import (
-    REMOVE_SECONDS,
-    make_sandbox_directory,
-    remove,
-    remove_command,
-    remove_runner_directory,
-    stale_directories,
-)
+from megatron_klong.sandbox.directories import PARTS, remove_runner_directory
+from megatron_klong.sandbox.disk import WATCH_SECONDS, DiskWatch, descendants
 from megatron_klong.sandbox.first_process import (
     ENVIRONMENT,
     GO,
@@ -43,10 +36,13 @@ from megatron_klong.sandbox.first_process import (
     inside,
 )
 from megatron_klong.sandbox.limits import KIB, MIB, SandboxLimits
+from megatron_klong.sandbox.outcomes import Outcomes, after_start, not_started
+from megatron_klong.sandbox.place import Place
 from megatron_klong.sandbox.process import Child, outlast_cancellation
 from megatron_klong.sandbox.results import (
     CommandResult,
     CommandTimeout,
+    Killed,
     OutputLimitExceeded,
     SandboxUnavailable,
     TooManyCommands,
@@ -55,25 +51,24 @@ from megatron_klong.sandbox.results import (
 logger = logging.getLogger(__name__)
 
 _open: set["Sandbox"] = set()
-_stale_reaped = False
 
 
 class Sandbox:
     """A sandbox; make it with `create` of a subclass, and `close` it, or use it as `async with`."""
 
     def __init__(
-        self,
-        *,
-        backend: Backend,
-        directory: Path,
-        limits: SandboxLimits,
-        environment: Mapping[str, str] | None = None,
+        self, *, backend: Backend, place: Place, limits: SandboxLimits, environment: Mapping[str, str] | None = None
     ) -> None:
         self._backend = backend
-        self._directory = directory
+        self._place = place
         self._limits = limits
         self._environment = ENVIRONMENT | _checked(environment)
-        self._first_process = first_process(limits, address_space=True)
+        self._join = [] if place.group is None else place.group.join
+        self._disk = DiskWatch(place.directory, PARTS, most_bytes=limits.disk_bytes, most_files=limits.files)
+        self._outcomes = Outcomes(
+            sandbox=place.directory.name, program=backend.program, limits=limits, group=place.group, disk=self._disk
+        )
+        self._watch: asyncio.Task[None] | None = None
         self._running: set[Child] = set()
         self._background: dict[str, BackgroundCommand] = {}
         self._started = 0
@@ -132,7 +127,7 @@ class Sandbox:
                 f"{self._limits.background_commands} background commands run already; stop one of them first"
             )
         output = posixpath.join(HOME, output_path)
-        first = first_process(self._limits, address_space=True, output_to_file=True)
+        first, kills = await self._prepared(output_to_file=True), self._outcomes.memory_kills()
         child = self._start([*first, inside(cwd), output, *_checked_command(command)], env=env, stderr_bytes=MIB)
         self._started += 1
         background = BackgroundCommand(
@@ -140,7 +135,7 @@ class Sandbox:
             command=command,
             output_path=output,
             child=child,
-            result_of=self._result_of,
+            result_of=lambda ended: self._outcomes.result_of(ended, kills),
             ended=lambda: self._running.discard(child),
         )
         self._background[background.id] = background
@@ -210,21 +205,24 @@ class Sandbox:
         stderr_bytes: int,
     ) -> CommandResult:
         if any("\0" in argument for argument in command):
-            return _not_started("an argument holds a NUL byte")
-        arguments = [*self._first_process, inside(cwd), *_checked_command(command)]
+            return not_started("an argument holds a NUL byte")
+        first, kills = await self._prepared(output_to_file=False), self._outcomes.memory_kills()
+        arguments = [*first, inside(cwd), *_checked_command(command)]
         try:
             child = self._start(arguments, input=input, env=env, stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes)
         except _TooLong:
-            return _not_started(os.strerror(errno.E2BIG))
+            return not_started(os.strerror(errno.E2BIG))
         try:
-            return self._result_of(await child.run(timeout_seconds=timeout_seconds))
+            return self._outcomes.result_of(await child.run(timeout_seconds=timeout_seconds), kills)
+        except Killed as killed:
+            return killed.result
         except CommandTimeout as error:
-            error.stderr = _after_start(error.stderr)
+            error.stderr = after_start(error.stderr)
             raise
         except OutputLimitExceeded as error:
             if error.stream == "stderr":
                 raise OutputLimitExceeded(
-                    stream="stderr", limit_bytes=stderr_bytes, partial=_after_start(error.partial)
+                    stream="stderr", limit_bytes=stderr_bytes, partial=after_start(error.partial)
                 ) from error
             raise
         finally:
@@ -245,7 +243,7 @@ class Sandbox:
         with self._backend.launch(arguments, self._environment | _checked(env)) as launch:
             try:
                 child = Child(
-                    launch.argv,
+                    [*self._join, *launch.argv],
                     input=input,
                     handshake=(STARTED, GO if input is None else GO_WITH_INPUT),
                     stdout_bytes=stdout_bytes,
@@ -258,14 +256,31 @@ class Sandbox:
                     raise _TooLong from error
                 raise SandboxUnavailable(f"cannot start {self._backend.program}: {error}") from error
         self._running.add(child)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.get_running_loop().create_task(self._watch_disk())
         return child
 
-    def _result_of(self, ended: CommandResult) -> CommandResult:
-        set_up, started, stderr = ended.stderr.partition(STARTED)
-        if not started or ended.returncode < 0:
-            reason = set_up.decode(errors="replace").strip() or f"{self._backend.program} ended with {ended.returncode}"
-            raise SandboxUnavailable(f"the sandbox {self._directory.name} failed: {reason}")
-        return CommandResult(returncode=ended.returncode, stdout=ended.stdout, stderr=stderr, seconds=ended.seconds)
+    async def _prepared(self, *, output_to_file: bool) -> list[str]:
+        """The first process of the next command, as things stand on the disk."""
+        await self._disk.before_command(self._pids)
+        return first_process(
+            self._limits,
+            address_space=not self._place.memory_is_limited,
+            full=self._disk.full,
+            output_to_file=output_to_file,
+        )
+
+    async def _watch_disk(self) -> None:
+        """While commands run, kill them all when the files have become too large."""
+        while self._running:
+            await asyncio.sleep(WATCH_SECONDS)
+            if await self._disk.exceeded(self._pids):
+                for child in tuple(self._running):
+                    child.abort(self._outcomes.killed_for_disk(child.result_if_killed()))
+
+    def _pids(self) -> Iterator[int]:
+        for child in tuple(self._running):
+            yield from descendants(child.pid)
 
     async def _transfer(self, script: str, path: str, *, input: bytes | None = None, output_bytes: int = KIB) -> bytes:
         """Run a script inside on a path. Its complaint becomes the OSError that the same call would raise here."""
@@ -287,6 +302,8 @@ class Sandbox:
         raise transfer.os_error(result, path)
 
     async def _close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         children = tuple(self._running)
         for child in children:
             child.abort(SandboxUnavailable("the sandbox was closed while the command ran"))
@@ -294,30 +311,18 @@ class Sandbox:
             await child.gone()
         for background in self.background:
             await background.wait()
-        if await _remove(self._directory):
+        if await self._place.remove():
             _open.discard(self)
 
     def _destroy(self) -> None:
+        """Without an event loop."""
         for child in self._running:
             child.destroy()
-        remove(self._directory)
+        self._place.remove_files()
 
 
 class _TooLong(Exception):
     """Arguments and environment are more than the kernel passes on."""
-
-
-async def directory_for(label: str) -> Path:
-    """A new directory for a sandbox; the first one also clears away what dead runners left. SandboxUnavailable."""
-    global _stale_reaped
-    if not _stale_reaped:
-        _stale_reaped = True
-        for directory in stale_directories():
-            await _remove(directory)
-    try:
-        return make_sandbox_directory(label)
-    except OSError as error:
-        raise SandboxUnavailable(f"cannot make the sandbox's directory: {error}; free it or set TMPDIR") from error
 
 
 def close_all() -> None:
@@ -326,19 +331,6 @@ def close_all() -> None:
         sandbox._destroy()
     _open.clear()
     remove_runner_directory()
-
-
-async def _remove(directory: Path) -> bool:
-    """Whether a sandbox's directory is removed. A failure is only logged: its episode is worth more."""
-    try:
-        removal = Child(remove_command(directory), stdout_bytes=64 * KIB, stderr_bytes=64 * KIB)
-        result = await removal.run(timeout_seconds=REMOVE_SECONDS)
-    except OSError as error:  # too slow, or no process to be had
-        logger.error("%s is not removed yet, and will be at exit: %s", directory, error)
-        return False
-    if result.returncode != 0:
-        logger.error("%s is left behind: %s", directory, result.stderr.decode(errors="replace").strip())
-    return True
 
 
 def _checked(environment: Mapping[str, str] | None) -> dict[str, str]:
@@ -352,14 +344,6 @@ def _checked_command(command: Sequence[str]) -> Sequence[str]:
     if not command:
         raise ValueError("the command is empty")
     return command
-
-
-def _not_started(reason: str) -> CommandResult:
-    return CommandResult(returncode=126, stdout=b"", stderr=f"{SHELL_NAME}: {reason}\n".encode(), seconds=0.0)
-
-
-def _after_start(stderr: bytes) -> bytes:
-    return stderr.partition(STARTED)[2]
 
 
 def _forget_after_fork() -> None:

@@ -6,6 +6,7 @@ would lead the runner anywhere. Inside, it leads to what the agent can reach any
 
 import errno
 import os
+import signal
 
 from megatron_klong.sandbox.results import CommandResult
 
@@ -32,6 +33,14 @@ def os_error(result: CommandResult, path: str) -> OSError:
 
     The programs say `tee: path: Permission denied`: the end of their first line is the text of an errno.
     """
+    too_large = result.returncode == 128 + signal.SIGXFSZ
+    for met, met_code in (
+        (result.out_of_disk or (too_large and result.notice), errno.ENOSPC),
+        (too_large, errno.EFBIG),
+        (result.out_of_memory, errno.ENOMEM),
+    ):
+        if met:
+            return OSError(met_code, os.strerror(met_code), path)
     complaint = result.stderr.decode(errors="replace").strip() or f"ended with {result.returncode}"
     reason = complaint.splitlines()[0].rpartition(": ")[2]
     code = next((code for code in errno.errorcode if os.strerror(code) == reason), None)

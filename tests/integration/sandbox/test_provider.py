@@ -45,7 +45,7 @@ def working_bubblewrap() -> None:
 
 
 def sandbox_directories() -> list[Path]:
-    return [path for path in runner_directory().iterdir() if path.name != "etc"]
+    return [path for path in runner_directory().iterdir() if path.is_dir() and path.name != "etc"]
 
 
 def in_sandbox(body: Callable[[BubblewrapSandbox], Any]) -> None:

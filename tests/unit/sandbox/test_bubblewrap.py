@@ -177,7 +177,7 @@ def test_no_privilege_inside_or_outside() -> None:
         uid, *status = result.stdout.decode().split()
         assert uid == "1000"
         assert status[1::2] == ["0" * 16, "0" * 16, "0" * 16, "1"]
-        owner = (box._directory / "home" / "mine").stat().st_uid
+        owner = (box._place.directory / "home" / "mine").stat().st_uid
         assert owner == outside_uid() != 0
         for forbidden in ("unshare -U true", "mount -t tmpfs x /home", "chroot / true", "hostname x"):
             assert (await box.run(["sh", "-c", forbidden])).returncode != 0, forbidden
@@ -218,7 +218,8 @@ def test_ends_are_told_as_a_shell_tells_them() -> None:
 
 def test_limits_hold_for_memory_files_and_cpu() -> None:
     limits = SandboxLimits(memory_bytes=256 * MIB, file_bytes=MIB, open_files=20, cpu_seconds=1)
-    assert b"memory" in shell("head -c 300M /dev/zero | tail > /dev/null", limits).stderr
+    greedy = shell("head -c 300M /dev/zero | tail > /dev/null", limits)
+    assert greedy.out_of_memory or b"memory" in greedy.stderr  # by a control group, or by the process's own limit
     assert shell("head -c 2M /dev/zero > file", limits).returncode == 153  # SIGXFSZ
     assert shell("ulimit -n", limits).stdout == b"20\n"
     assert shell("while :; do :; done", limits).returncode == 137

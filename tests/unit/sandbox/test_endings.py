@@ -196,7 +196,7 @@ def test_close_removes_whatever_the_agent_made_and_may_be_repeated() -> None:
         await box.run(["sh", "-c", "mkdir -p locked/in; chmod 0 locked/in locked; ln -s / root; chmod 0 /home"])
         await box.close()
         await box.close()
-        assert not box._directory.exists()
+        assert not box._place.directory.exists()
         with pytest.raises(SandboxUnavailable, match="closed"):
             await box.run(["true"])
 
@@ -211,7 +211,7 @@ def test_close_finishes_though_its_task_is_cancelled() -> None:
             async with box:
                 await box.run(["true"])
         assert scope.cancelled_caught
-        assert not box._directory.exists()
+        assert not box._place.directory.exists()
 
     asyncio.run(main())
 
