@@ -1,6 +1,7 @@
 """What one can set about the network of sandboxes."""
 
 import ipaddress
+from functools import cached_property
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,16 +41,15 @@ class EgressConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for host in self.allow:
-            _checked_host(host.removeprefix("."), "allow")
-        for name, target in self.addresses.items():
-            host = _named(name)[0]
-            _checked_target(target)
-            if self.mode == "listed" and not self.allows(host):
+        listed = self.mode == "listed"
+        assert self._hosts is not None, "each of these checks what it is made of"
+        assert self._domains is not None
+        for host, _ in self._targets:
+            if listed and not self.allows(host):
                 raise ValueError(f"addresses names {host}, which mode listed forbids: add it to allow")
         for host in self.fetchers:
             _checked_host(host, "fetchers")
-        if self.mode == "listed" and not self.allow:
+        if listed and not self.allow:
             raise ValueError(
                 'mode listed allows only the hosts in allow, and there are none: fill it, or set mode "off"'
             )
@@ -59,19 +59,27 @@ class EgressConfig(BaseModel):
         """Whether the mode allows a (normal) host."""
         if self.mode != "listed":
             return self.mode == "open"
-        for entry in self.allow:
-            name = normal_host(entry.removeprefix("."))
-            if host == name or (entry.startswith(".") and host.endswith(f".{name}")):
-                return True
-        return False
+        return host in self._hosts or any(host == name or host.endswith(f".{name}") for name in self._domains)
 
     def address(self, host: str, port: int) -> Address | None:
         """Where `addresses` says that a (normal) host is, if it does."""
-        for name, target in self.addresses.items():
-            named, ports = _named(name)
-            if named == host and port in ports:
-                return _checked_target(target)
-        return None
+        return self._targets.get((host, port))
+
+    @cached_property
+    def _hosts(self) -> frozenset[str]:
+        return frozenset(_checked_host(host, "allow") for host in self.allow if not host.startswith("."))
+
+    @cached_property
+    def _domains(self) -> tuple[str, ...]:
+        return tuple(_checked_host(host[1:], "allow") for host in self.allow if host.startswith("."))
+
+    @cached_property
+    def _targets(self) -> dict[tuple[str, int], Address]:
+        targets: dict[tuple[str, int], Address] = {}
+        for name, target in sorted(self.addresses.items(), key=lambda item: ":" in item[0]):  # host:port has its way
+            host, ports = _named(name)
+            targets |= {(host, port): _checked_target(target) for port in ports}
+        return targets
 
 
 def _checked_host(text: str, field: str) -> str:

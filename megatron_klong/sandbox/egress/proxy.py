@@ -65,6 +65,10 @@ class SandboxEgress:
         """Path in the sandbox -> file to bind there, read-only, after the system's own."""
         return files_inside(self._proxy.bundle)
 
+    def files_for(self, image: Path) -> dict[str, Path]:
+        """The same for a sandbox that shows an unpacked image instead of the host's system."""
+        return files_inside(self._proxy.bundle, image)
+
     @property
     def counts(self) -> Counts:
         """Requests so far by verdict."""
@@ -135,6 +139,11 @@ class EgressProxy:
         """Of the process, while it runs."""
         return self._process.pid if self._process is not None and self.state == "running" else None
 
+    @property
+    def port(self) -> int | None:
+        """On loopback, while it runs. Who connects from no sandbox's source address is dropped."""
+        return self._port
+
     async def open(self, blacklist: Blacklist, label: str) -> SandboxEgress:
         """A network for one sandbox. SandboxUnavailable."""
         if self.state == "restarting":
@@ -148,7 +157,7 @@ class EgressProxy:
         gate = Gate(
             network.listener,
             source=source,
-            proxy_port=lambda: self._port,
+            proxy_port=lambda: self.port,
             connections=self.config.connections,
         )
         egress = SandboxEgress(network=network, gate=gate, proxy=self, source=source, label=label)

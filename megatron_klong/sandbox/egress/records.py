@@ -20,6 +20,7 @@ type Outcome = Literal["allowed", "refused", "failed"]
 
 _LONGEST_TEXT = 500
 _COUNTS_BYTES = 192
+_KEPT_POLICIES = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,9 +131,8 @@ class Policies:
         except FileNotFoundError:
             return None
         blacklist = Blacklist(content["blacklist"], fetchers=fetchers)
-        self._read[source] = written, blacklist
-        return blacklist
-
-    def forget(self, source: str) -> None:
-        """Nobody is connected from there now: keep nothing in memory."""
         self._read.pop(source, None)
+        self._read[source] = written, blacklist
+        if len(self._read) > _KEPT_POLICIES:
+            del self._read[next(iter(self._read))]  # the oldest
+        return blacklist

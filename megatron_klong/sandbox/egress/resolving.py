@@ -3,6 +3,10 @@
 Always (tests/unit/sandbox/test_egress_resolving.py): what has one address that is not public is refused whole; a
 connection goes to an address of the very answer that was checked, so a name server that answers differently the
 second time gains nothing; only hosts with an entry in `addresses` of the configuration are exempt.
+
+Refused too are names that lead to a host under a name that no rule knows: those made of an address
+(140-82-121-4.example.org), and strange ones for GitHub's own servers, which answer for github.com whatever name
+brought the client there. Other hosts have no networks of their own to know them by.
 """
 
 import asyncio
@@ -10,6 +14,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_klong.sandbox.egress.config import EgressConfig
@@ -18,6 +23,8 @@ from megatron_klong.sandbox.egress.urls import normal_host
 type AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
 type Lookup = Callable[[str, int], Awaitable[list[AddressInfo]]]
 
+_LOOKUP_SECONDS = 15.0
+_LOOKUP_THREADS = 64  # a sandbox that asks for names whose servers are slow must not hold up the others
 _KEEP_SECONDS = 10.0
 _KEEP_NAMES = 1024
 # Not for connections of strangers, though some versions of Python call them global.
@@ -54,8 +61,17 @@ _NEVER = [
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-class PrivateAddress(OSError):
-    """A name that resolves to an address inside: the machine's own, a private network's, link-local, multicast."""
+# Of https://api.github.com/meta, "web", "api" and "git"; 185.199.108.0/22 serves pages under names of their owners.
+_GITHUB = [ipaddress.ip_network(network) for network in ("140.82.112.0/20", "143.55.64.0/20", "192.30.252.0/22")]
+_GITHUB_NAMES = (
+    *("github.com", "github.io", "github.dev", "githubapp.com", "githubassets.com", "githubusercontent.com"),
+    *("githubcopilot.com", "githubstatus.com"),
+)
+
+
+class AddressRefused(OSError):
+    """A name that resolves to an address inside (the machine's own, a private network's, link-local, multicast), or
+    that only stands for an address."""
 
 
 def is_public(address: str) -> bool:
@@ -69,6 +85,16 @@ def is_public(address: str) -> bool:
     return found.is_global and not any(found in network for network in _NEVER if network.version == found.version)
 
 
+def is_disguise(host: str, address: str) -> bool:
+    """Whether a name only stands for an address, so that rules for names would not hold."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if any(found in network for network in _GITHUB if network.version == found.version):
+        return not any(host == name or host.endswith(f".{name}") for name in _GITHUB_NAMES)
+    spellings = [str(found), found.exploded, f"{int(found):08x}"]
+    dashed = [spelling.replace(".", "-").replace(":", "-") for spelling in spellings]
+    return any(spelling in host for spelling in (*spellings, *dashed))
+
+
 class Resolver:
     """Looks names up and keeps answers for a few seconds, so that a check and the connection after it see the same."""
 
@@ -78,18 +104,22 @@ class Resolver:
         self._kept: dict[tuple[str, int], tuple[float, list[AddressInfo]]] = {}
 
     async def resolve(self, host: str, port: int) -> list[AddressInfo]:
-        """Where to connect to. PrivateAddress, or the OSError of a name that has no address."""
-        named = self._config.address(normal_host(host) or "", port)
+        """Where to connect to. AddressRefused, or the OSError of a name that has no address."""
+        name = normal_host(host) or ""
+        named = self._config.address(name, port)
         if named is not None:
             family = socket.AF_INET6 if ":" in named[0] else socket.AF_INET
             return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", named)]
         until, answer = self._kept.get((host, port), (0.0, []))
         if time.monotonic() < until:
             return answer
-        answer = await self._lookup(host, port)
+        async with asyncio.timeout(_LOOKUP_SECONDS):
+            answer = await self._lookup(host, port)
         for *_, (address, *_) in answer:
             if not is_public(address):
-                raise PrivateAddress(f"{host} has the address {address}, which is not public")
+                raise AddressRefused(f"{host} has the address {address}, which is not public")
+            if is_disguise(name, address):
+                raise AddressRefused(f"{host} is not a name of {address} that rules know")
         if not answer:
             raise socket.gaierror(socket.EAI_NONAME, f"{host} has no address")
         if len(self._kept) >= _KEEP_NAMES:
@@ -103,6 +133,7 @@ class CheckedLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, config: EgressConfig, lookup: Lookup | None = None) -> None:
         super().__init__()
+        self.set_default_executor(ThreadPoolExecutor(_LOOKUP_THREADS, "lookup"))
         self.resolver = Resolver(config, lookup or self._system_lookup)
 
     async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> Any:

@@ -61,14 +61,16 @@ def upstream_authorities(extra: Path | None) -> bytes:
     return bundle
 
 
-def files_inside(bundle: Path) -> dict[str, Path]:
+def files_inside(bundle: Path, image: Path | None = None) -> dict[str, Path]:
     """Path in the sandbox -> the bundle: where ENVIRONMENT points, and over the system's own, for programs that look
-    nowhere else (wget, Java's and Go's users of the system's store)."""
+    nowhere else (wget). image: the root of the file system that the sandbox shows instead of the host's.
+    """
     files = {BUNDLE_INSIDE: bundle}
     for name in _SYSTEM_BUNDLES:
-        real = os.path.realpath(name)
-        if real.startswith(_OVERLAID) and os.path.isfile(real):
-            files[real] = bundle
+        inside = name if image is not None else os.path.realpath(name)
+        file = Path(f"{image or ''}{inside}")
+        if inside.startswith(_OVERLAID) and file.is_file() and not file.is_symlink():
+            files[inside] = bundle
     return files
 
 

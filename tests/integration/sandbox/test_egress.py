@@ -3,11 +3,17 @@
 import http.client
 import os
 import shutil
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 
+from megatron_klong.sandbox.bubblewrap import Bubblewrap
 from megatron_klong.sandbox.egress.config import EgressConfig
 from megatron_klong.sandbox.egress.proxy import EgressProxy, SandboxEgress
 from megatron_klong.sandbox.egress.rules import Blacklist
@@ -17,7 +23,6 @@ from tests.integration.sandbox.egress_parts import (
     Internet,
     Loop,
     inside,
-    port_is_open,
     python_inside,
     reachable_folder,
     start_internet,
@@ -358,6 +363,40 @@ print(ask("GET /owner/other HTTP/1.1", "Host: github.com", "Content-Length: 1", 
     assert internet.seen == []
 
 
+def http2_status(egress: SandboxEgress, port: int, headers: list[tuple[str, str]]) -> str:
+    """What the proxy answers to a request in HTTP/2 that comes from the sandbox's source address."""
+    raw = socket.create_connection(("127.0.0.1", port), timeout=20, source_address=(egress.source, 0))
+    with raw:
+        raw.sendall(b"CONNECT github.com:443 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in raw.recv(1000)
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        with context.wrap_socket(raw, server_hostname="github.com") as tls:
+            assert tls.selected_alpn_protocol() == "h2"
+            connection = h2.connection.H2Connection(h2.config.H2Configuration(validate_outbound_headers=False))
+            connection.initiate_connection()
+            connection.send_headers(1, [(":method", "GET"), (":scheme", "https"), *headers], end_stream=True)
+            tls.sendall(connection.data_to_send())
+            while data := tls.recv(65536):
+                for event in connection.receive_data(data):
+                    if isinstance(event, h2.events.ResponseReceived):
+                        return dict(event.headers or [])[b":status"].decode()
+                tls.sendall(connection.data_to_send())
+    return "closed"
+
+
+def test_http2_cannot_name_two_hosts(egress: SandboxEgress, proxy: EgressProxy, internet: Internet) -> None:
+    assert proxy.port is not None
+    honest = (":authority", "github.com"), (":path", "/owner/other")
+    assert http2_status(egress, proxy.port, [*honest]) == "200"
+    assert http2_status(egress, proxy.port, [honest[0], (":path", "/owner/re%70o")]) == "403"
+    assert http2_status(egress, proxy.port, [(":authority", "api.github.com"), honest[1]]) == "403"
+    assert http2_status(egress, proxy.port, [*honest, ("host", "api.github.com")]) in ("400", "403", "closed")
+    assert http2_status(egress, proxy.port, [honest[1], ("host", "api.github.com")]) in ("400", "403", "closed")
+    assert internet.seen == ["github.com/owner/other"]
+
+
 def test_websockets_obey_the_same_rules(egress: SandboxEgress) -> None:
     program = """
 import socket, ssl
@@ -457,10 +496,8 @@ def test_large_bodies_pass_through_without_being_kept(egress: SandboxEgress, pro
 def test_who_is_no_sandbox_gets_nothing(proxy: EgressProxy, egress: SandboxEgress) -> None:
     out = inside(egress, "curl -sS http://github.com/owner/other")
     assert out.startswith("origin")
-    port = proxy._port
-    assert port is not None
-    assert port_is_open(port)
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    assert proxy.port is not None
+    client = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
     client.request("GET", "http://github.com/owner/other")
     with pytest.raises((http.client.HTTPException, OSError)):
         client.getresponse()
@@ -476,3 +513,26 @@ def test_files_are_private_but_for_the_bundle(proxy: EgressProxy) -> None:
     ]
     assert set(open_to_all) <= {"trust", "proxy.log", "proxy.err"}
     assert os.stat(proxy.folder / "ca").st_mode & 0o077 == 0
+
+
+def test_the_sandbox_of_episodes_has_this_network(egress: SandboxEgress, loop: Loop) -> None:
+    """`Bubblewrap` itself: network, variables and files fit, and commands share the network."""
+
+    async def run() -> list[str]:
+        async with await Bubblewrap.create(
+            network=egress.network, environment=egress.environment, read_only_files=egress.files
+        ) as sandbox:
+            clone = ["git", "clone", "-q", "https://github.com/owner/other"]
+            assert (await sandbox.run(clone, timeout_seconds=60)).returncode == 0
+            scripts = [
+                "cat other/README.md",
+                "curl -sS https://index.example.org/",
+                "curl -sS https://github.com/owner/repo",
+            ]
+            return [(await sandbox.run(["bash", "-c", script])).stdout.decode() for script in scripts]
+
+    cloned, fetched, refused = loop.run(run())
+    assert cloned == "This is owner/other.\n"
+    assert fetched == "origin index.example.org/\n"
+    assert refused.startswith("Refused by the rules")
+    assert egress.counts.forbidden == 1

@@ -6,7 +6,14 @@ import socket
 import pytest
 
 from megatron_klong.sandbox.egress.config import EgressConfig
-from megatron_klong.sandbox.egress.resolving import AddressInfo, CheckedLoop, PrivateAddress, Resolver, is_public
+from megatron_klong.sandbox.egress.resolving import (
+    AddressInfo,
+    AddressRefused,
+    CheckedLoop,
+    Resolver,
+    is_disguise,
+    is_public,
+)
 
 
 def answer(*addresses: str) -> list[AddressInfo]:
@@ -48,9 +55,35 @@ def test_addresses_that_are_nobody_elses_business(address: str) -> None:
     assert not is_public(address)
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("140.82.121.4.example.org", "140.82.121.4"),
+        ("x-93-184-216-34.example.org", "93.184.216.34"),
+        ("5db8d822.example.org", "93.184.216.34"),
+        ("2606-4700--1111.example.org", "2606:4700::1111"),
+        ("harmless.example.org", "140.82.121.4"),
+        ("notgithub.com", "192.30.252.1"),
+    ],
+)
+def test_names_that_only_stand_for_an_address(host: str, address: str) -> None:
+    assert is_disguise(host, address)
+    resolver = Resolver(EgressConfig(mode="open"), NameServer(answer(address)))
+    with pytest.raises(AddressRefused, match="not a name of"):
+        asyncio.run(resolver.resolve(host, 443))
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("github.com", "140.82.121.4"), ("api.github.com", "140.82.112.6"), ("pages.example.org", "185.199.108.153")],
+)
+def test_names_of_their_own(host: str, address: str) -> None:
+    assert not is_disguise(host, address)
+
+
 def test_one_private_address_among_public_ones_is_enough() -> None:
     resolver = Resolver(EgressConfig(mode="open"), NameServer(answer("1.1.1.1", "10.0.0.1")))
-    with pytest.raises(PrivateAddress, match=r"rebind.example.org has the address 10.0.0.1"):
+    with pytest.raises(AddressRefused, match=r"rebind.example.org has the address 10.0.0.1"):
         asyncio.run(resolver.resolve("rebind.example.org", 443))
 
 
@@ -64,7 +97,7 @@ def test_a_name_server_that_changes_its_mind_gains_nothing(monkeypatch: pytest.M
     assert asyncio.run(resolver.resolve("rebind.example.org", 443)) == first == answer("1.1.1.1")
     assert names.asked == 1
     now += 60
-    with pytest.raises(PrivateAddress):
+    with pytest.raises(AddressRefused):
         asyncio.run(resolver.resolve("rebind.example.org", 443))
 
 
@@ -93,7 +126,7 @@ def test_the_loop_itself_connects_to_no_private_address() -> None:
             await asyncio.open_connection("inside.example.org", port)
 
         loop = CheckedLoop(EgressConfig(mode="open"), NameServer(answer("127.0.0.1")))
-        with asyncio.Runner(loop_factory=lambda: loop) as runner, pytest.raises(PrivateAddress):
+        with asyncio.Runner(loop_factory=lambda: loop) as runner, pytest.raises(AddressRefused):
             runner.run(connect())
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
