@@ -86,8 +86,10 @@ class SandboxEgress:
     async def close(self) -> None:
         """Cut its connections and let go of the namespace. May be called again."""
         self._proxy.forget(self)
-        await self._gate.close()
-        self.network.close()
+        try:
+            await self._gate.close()
+        finally:
+            self.network.close()
 
     @property
     def _log(self) -> Path:
@@ -151,9 +153,13 @@ class EgressProxy:
                 await asyncio.wait_for(self._ready.wait(), _READY_SECONDS)
         if self.state != "running":
             raise SandboxUnavailable(f"the network proxy is {self.state}: {self.reason or 'see its log'}")
-        network = SandboxNetwork.create()
         source = str(ipaddress.IPv4Address(next(self._sources)))
-        self._policies.write(source, blacklist)
+        network = SandboxNetwork.create()
+        try:
+            self._policies.write(source, blacklist)
+        except OSError as error:
+            network.close()
+            raise SandboxUnavailable(f"the network's policy cannot be written: {error}") from error
         gate = Gate(
             network.listener,
             source=source,
@@ -202,16 +208,17 @@ class EgressProxy:
             self.restarts += 1
 
     async def _launch(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_klong.sandbox.egress.program", str(self.folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=(self.folder / "proxy.err").open("wb"),
-            cwd="/",
-            env=_environment(),  # of the runner's own as little as can be: it holds secrets
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
+        with (self.folder / "proxy.err").open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_klong.sandbox.egress.program", str(self.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd="/",
+                env=_environment(),  # of the runner's own as little as can be: it holds secrets
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
         assert self._process.stdout is not None, "it is a pipe"
         reading = asyncio.get_running_loop().run_in_executor(None, self._process.stdout.readline)
         done, _ = await asyncio.wait([reading], timeout=_READY_SECONDS)
@@ -221,8 +228,8 @@ class EgressProxy:
         self._process.stdout.close()
         if not line.isdigit():
             self._stop()
-            errors = (self.folder / "proxy.err").read_text(errors="replace").strip()
-            raise OSError(errors.rpartition("\n")[2] or "it does not answer")
+            text = (self.folder / "proxy.err").read_text(errors="replace").strip()
+            raise OSError(text.rpartition("\n")[2] or "it does not answer")
         self._port = int(line)
         self.state = "running"
         self._ready.set()
@@ -269,4 +276,5 @@ def _make_bundle(folder: Path) -> None:
 
 def _environment() -> dict[str, str]:
     package = Path(megatron_klong.__file__).parent.parent
-    return {"PATH": os.defpath, "LC_ALL": "C.UTF-8", "PYTHONPATH": str(package)}
+    # few arenas: it looks names up in many threads, each of which would reserve memory of its own
+    return {"PATH": os.defpath, "LC_ALL": "C.UTF-8", "PYTHONPATH": str(package), "MALLOC_ARENA_MAX": "2"}

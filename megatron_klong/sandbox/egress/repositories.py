@@ -4,7 +4,7 @@ A name is a host and a path that every URL of that content begins with. What can
 not here: a fork, a repository under another name (GitHub redirects from old names to the new one, so a blacklist that
 has the new one catches the old ones by their redirect), numeric ids (api.github.com/repositories/ID,
 gitlab.com/api/v4/projects/ID), content addresses (SWHIDs, LFS objects on signed URLs: the request that yields such a
-URL is covered), and a mirror that nobody listed here or in the configuration.
+URL is covered), package registries, and a mirror that nobody listed here or in the configuration (`fetchers`).
 """
 
 import re
@@ -20,15 +20,17 @@ _FETCHERS = """
     cors-anywhere.herokuapp.com thingproxy.freeboard.io
     ghproxy.com mirror.ghproxy.com ghproxy.net ghproxy.cc gh-proxy.com ghfast.top ghps.cc gh.llkk.cc
     gh.api.99988866.xyz github.moeyy.xyz gitclone.com hub.gitmirror.com
+    sourcegraph.com
 """
 FETCHERS = frozenset(re.findall(r"\S+", _FETCHERS))
 TRANSLATED = ".translate.goog"  # github-com.translate.goog serves github.com
 
 _GITHUB_PLACES = """
     github.com raw.githubusercontent.com raw.github.com codeload.github.com ssh.github.com
+    api.github.com/repos uploads.github.com/repos media.githubusercontent.com/media
     cdn.jsdelivr.net/gh fastly.jsdelivr.net/gh gcore.jsdelivr.net/gh testingcf.jsdelivr.net/gh
     data.jsdelivr.com/v1/package/gh data.jsdelivr.com/v1/packages/gh esm.sh/gh esm.run/gh
-    cdn.statically.io/gh raw.githack.com rawcdn.githack.com rawgit.com cdn.rawgit.com jitpack.io/com/github
+    cdn.statically.io/gh raw.githack.com rawcdn.githack.com rawgit.com cdn.rawgit.com
     github.dev github1s.com raw.github1s.com deepwiki.com gitingest.com uithub.com zread.ai gitmcp.io
     colab.research.google.com/github nbviewer.org/github nbviewer.jupyter.org/github mybinder.org/v2/gh
     codesandbox.io/p/github codesandbox.io/s/github stackblitz.com/github
@@ -97,6 +99,7 @@ def _github(path: Segments) -> tuple[Name, ...]:
 def _gitlab(host: str, path: Segments) -> tuple[Name, ...]:
     end = next((n for n, part in enumerate(path) if n >= 2 and part in ("-", "tree", "blob", "raw")), len(path))
     path = (*path[: end - 1], path[end - 1].removesuffix(".git"))
+    places = [host, f"{host}/api/v4/projects"]
     if host != "gitlab.com":
         return _at(path, places)
     pages = Name(host=f"{path[0]}.gitlab.io", path=path[1:])

@@ -6,7 +6,8 @@ second time gains nothing; only hosts with an entry in `addresses` of the config
 
 Refused too are names that lead to a host under a name that no rule knows: those made of an address
 (140-82-121-4.example.org), and strange ones for GitHub's own servers, which answer for github.com whatever name
-brought the client there. Other hosts have no networks of their own to know them by.
+brought the client there. Other hosts have no networks of their own to know them by. (Mode listed has said which
+names are meant.)
 """
 
 import asyncio
@@ -118,7 +119,7 @@ class Resolver:
         for *_, (address, *_) in answer:
             if not is_public(address):
                 raise AddressRefused(f"{host} has the address {address}, which is not public")
-            if is_disguise(name, address):
+            if self._config.mode == "open" and is_disguise(name, address):
                 raise AddressRefused(f"{host} is not a name of {address} that rules know")
         if not answer:
             raise socket.gaierror(socket.EAI_NONAME, f"{host} has no address")

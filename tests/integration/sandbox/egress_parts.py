@@ -131,6 +131,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", urllib.parse.parse_qs(query)["to"][0])
             self.send_header("Content-Length", "0")
             self.end_headers()
+        elif path == "/endless-header":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    self.wfile.write(BLOCK)
+            self.close_connection = True
         elif path.startswith("/large"):
             self._large(int(query))
         elif "git-upload-pack" in self.path or path.endswith(("/HEAD", "/info/refs")):

@@ -493,6 +493,23 @@ def test_large_bodies_pass_through_without_being_kept(egress: SandboxEgress, pro
     assert resident_mib() - before < 40
 
 
+def test_headers_that_do_not_end_are_cut_off(egress: SandboxEgress) -> None:
+    program = """
+import socket
+s = socket.create_connection(("127.0.0.1", 3128), timeout=20)
+sent = 0
+try:
+    s.sendall(b"GET http://github.com/ HTTP/1.1\\r\\nX: ")
+    while sent < 1 << 28:
+        sent += s.send(b"x" * 65536)
+    print("all sent")
+except OSError:
+    print("cut off")
+"""
+    assert python_inside(egress, program) == "cut off\n"
+    assert status(egress, "https://github.com/endless-header") == "502"
+
+
 def test_who_is_no_sandbox_gets_nothing(proxy: EgressProxy, egress: SandboxEgress) -> None:
     out = inside(egress, "curl -sS http://github.com/owner/other")
     assert out.startswith("origin")

@@ -123,6 +123,7 @@ def test_an_entry_with_a_query_needs_those_pairs() -> None:
         "ghproxy.com/https://raw.githubusercontent.com/ROIM1998/APT/main/a.py",
         "gitclone.com/github.com/ROIM1998/APT.git/info/refs",
         "r.jina.ai/https://github.com/ROIM1998/APT",
+        "modules.example.org/github.com/!r!o!i!m1998/!a!p!t/@v/list",
         "github-com.translate.goog/ROIM1998/APT?_x_tr_sl=en",
         "unknown.example.org/fetch/https:/github.com/ROIM1998/APT",
     ],
