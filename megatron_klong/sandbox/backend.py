@@ -57,3 +57,16 @@ class Backend(Protocol):
         The descriptors are open until the end of the `with` block, in which the process is started. ValueError for
         arguments that no process can be given.
         """
+
+    def login(self, environment: Mapping[str, str], /) -> str:
+        """A shell command that opens a login shell inside, for people."""
+
+
+def checked_files(files: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """(path inside, file or directory of the host, without links). ValueError."""
+    for inside, outside in files.items():
+        if not inside.startswith("/") or ".." in inside.split("/"):
+            raise ValueError(f"{inside!r} is no absolute path inside a sandbox")
+        if not outside.exists():
+            raise ValueError(f"{outside}, to be shown as {inside}, does not exist")
+    return [(inside, outside.resolve()) for inside, outside in files.items()]

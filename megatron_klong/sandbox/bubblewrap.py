@@ -117,8 +117,8 @@ async def _probe(*, seccomp: bool) -> Tools:
     except RuntimeError as error:
         raise SandboxUnavailable("sandboxes need asyncio: unset INSPECT_ASYNC_BACKEND (it asks for trio)") from error
     bwrap = _program("bwrap", "bubblewrap")
-    setpriv = _program("setpriv", "util-linux") if os.geteuid() == 0 else None
-    attempts = [Tools(bwrap=bwrap, setpriv=setpriv, disable_userns=disable_userns) for disable_userns in (True, False)]
+    unshare = _program("unshare", "util-linux") if os.geteuid() == 0 else None
+    attempts = [Tools(bwrap=bwrap, unshare=unshare, disable_userns=disable_userns) for disable_userns in (True, False)]
     failures = []
     for tools in attempts:
         async with await Bubblewrap._create(tools, SandboxSpec(seccomp=seccomp), "probe") as sandbox:

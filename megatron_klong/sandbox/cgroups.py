@@ -44,26 +44,21 @@ class Group:
     """The control groups of one sandbox: one directory for each controller, on v2 the same one."""
 
     directories: Mapping[str, Path]
-
-    @property
-    def join(self) -> list[bytes]:
-        """What to put in front of a command so that it, and all that it starts, counts here."""
-        files = [directory / _join_file(directory) for directory in dict.fromkeys(self.directories.values())]
-        joins = " && ".join(f'echo 0 >"${number}"' for number, _ in enumerate(files, start=1))
-        script = f'{joins} || exit 125; shift {len(files)}; exec "$@"'
-        return [b"/bin/sh", b"-c", script.encode(), b"sandbox", *(os.fsencode(file) for file in files)]
+    join: tuple[bytes, ...]
+    """What to put in front of a command so that it, and all that it starts, counts here."""
+    memory_events: str | None
+    """The file in which the kernel counts what it killed."""
 
     def memory_kills(self) -> int:
         """How many processes were killed so far because the sandbox's memory was used up; 0 once it is removed."""
-        directory = self.directories.get("memory")
-        if directory is None:
+        if self.memory_events is None:
             return 0
         try:
-            events = (directory / ("memory.events" if _is_v2(directory) else "memory.oom_control")).read_text()
+            with open(self.memory_events) as file:
+                events = file.read()
         except FileNotFoundError:
             return 0
-        found = re.search(r"^oom_kill (\d+)$", events, re.MULTILINE)
-        return int(found[1]) if found else 0
+        return int(events.rpartition("oom_kill ")[2].split()[0])
 
     def full(self) -> bool:
         """Whether it has as many processes as it may have, or nearly so."""
@@ -90,6 +85,8 @@ class Cgroups:
 
     parents: Mapping[str, Path]
     """By controller: the directory of this runner."""
+    v2: frozenset[str]
+    """Which of the controllers are those of v2."""
 
     @property
     def controllers(self) -> frozenset[str]:
@@ -97,17 +94,25 @@ class Cgroups:
 
     def make(self, name: str, limits: SandboxLimits) -> Group:
         """A group with these limits, as far as the controllers go. OSError."""
-        group = Group(directories={controller: parent / name for controller, parent in self.parents.items()})
-        for directory in dict.fromkeys(group.directories.values()):
+        directories = {controller: parent / name for controller, parent in self.parents.items()}
+        distinct = list(dict.fromkeys(directories.values()))
+        for directory in distinct:
             directory.mkdir()
         try:
-            for controller, directory in group.directories.items():
-                for file, value in _settings(controller, limits, directory):
-                    (directory / file).write_text(value)
+            for controller, directory in directories.items():
+                for file, value in _settings(controller, limits, directory, controller in self.v2):
+                    with open(directory / file, "w") as setting:
+                        setting.write(value)
         except OSError:
-            group.remove()
+            _all_removed(distinct)
             raise
-        return group
+        memory = directories.get("memory")
+        events = "memory.events" if "memory" in self.v2 else "memory.oom_control"
+        return Group(
+            directories=directories,
+            join=_join(distinct, [self.parents[controller] for controller in self.v2]),
+            memory_events=None if memory is None else f"{memory}/{events}",
+        )
 
     def remove(self) -> bool:
         """Remove the runner's groups with what is left in them, waiting REMOVE_SECONDS at most; whether it worked."""
@@ -133,7 +138,8 @@ def find(runner: str, *, proc: Path = Path("/proc/self")) -> Cgroups:
         raise CgroupsUnavailable("; ".join(reasons))
     for reason in reasons:
         logger.info("sandboxes are not limited as a whole in %s", reason)
-    return Cgroups(parents=parents)
+    v2 = frozenset(controller for controller, parent in parents.items() if _is_v2(parent))
+    return Cgroups(parents=parents, v2=v2)
 
 
 def planned(runner: str, *, proc: Path = Path("/proc/self")) -> list[Path]:
@@ -165,9 +171,15 @@ def remove_tree(parent: Path) -> bool:
         time.sleep(0.01)
 
 
-def _settings(controller: str, limits: SandboxLimits, directory: Path) -> list[tuple[str, str]]:
+def _join(directories: Sequence[Path], v2: Sequence[Path]) -> tuple[bytes, ...]:
+    files = [directory / ("cgroup.procs" if directory.parent in v2 else "tasks") for directory in directories]
+    joins = " && ".join(f'echo 0 >"${number}"' for number, _ in enumerate(files, start=1))
+    script = f'{joins} || exit 125; shift {len(files)}; exec "$@"'
+    return (b"/bin/sh", b"-c", script.encode(), b"sandbox", *(os.fsencode(file) for file in files))
+
+
+def _settings(controller: str, limits: SandboxLimits, directory: Path, v2: bool) -> list[tuple[str, str]]:
     """(file, value) of one controller. Swap counts as memory, else a sandbox would be slow in place of ended."""
-    v2 = _is_v2(directory)
     if controller == "memory":
         memory, swap = ("memory.max", "memory.swap.max") if v2 else (_V1_MEMORY, "memory.memsw.limit_in_bytes")
         settings = [(memory, str(limits.memory_bytes))]
@@ -273,10 +285,6 @@ def _hand_down(controller: str, group: Path) -> None:
 
 def _is_v2(directory: Path) -> bool:
     return (directory / "cgroup.controllers").exists()
-
-
-def _join_file(directory: Path) -> str:
-    return "cgroup.procs" if _is_v2(directory) else "tasks"
 
 
 # --- the end of a group ---------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The chain of programs, outermost first:
     nsenter..  only with a network: what the network puts in front, so that bwrap starts in its namespace
-    setpriv    only for root: becomes an unprivileged uid, so that nothing inside is root outside
+    unshare    only for root: becomes an unprivileged uid, so that nothing inside is root outside; quicker than setpriv
     bwrap      makes the namespaces and mounts, and waits
     sh         process 1 of the sandbox (see `first_process`)
     command
@@ -11,31 +11,18 @@ All wrappers are launched by absolute path. What does not change from command to
 """
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_klong.sandbox.backend import Launch, SandboxSpec
+from megatron_klong.sandbox.backend import Launch, SandboxSpec, checked_files
 from megatron_klong.sandbox.directories import ROOT_RUNS_AS_UID, SANDBOX_UID, filter_file
-from megatron_klong.sandbox.first_process import HOME, encoded
+from megatron_klong.sandbox.first_process import HOME, LOGIN, encoded
 from megatron_klong.sandbox.limits import MIB, SandboxLimits
 
-# What programs need of the host's /etc. Not the rest: it holds the host's users, keys and settings.
-_FROM_ETC = (
-    "alternatives",
-    "ld.so.cache",
-    "ld.so.conf",
-    "ld.so.conf.d",
-    "localtime",
-    "pki/ca-trust/extracted",
-    "pki/tls/cert.pem",
-    "pki/tls/certs",
-    "pki/tls/openssl.cnf",
-    "ssl/certs",
-    "ssl/openssl.cnf",
-)
 _OWN_ETC = ("passwd", "group", "hosts", "nsswitch.conf")
 _NOT_OF_AN_IMAGE = ("dev", "home", "proc", "run", "sys", "tmp")
 
@@ -45,7 +32,7 @@ class Tools:
     """The programs of this machine, by absolute path, and what they can do."""
 
     bwrap: str
-    setpriv: str | None  # None: not root, not needed
+    unshare: str | None  # None: not root, not needed
     disable_userns: bool  # whether bwrap can forbid user namespaces inside
 
 
@@ -56,21 +43,22 @@ class BubblewrapBackend:
 
     def __init__(self, *, tools: Tools, directory: Path, spec: SandboxSpec) -> None:
         """ValueError for an image or files that cannot be shown, SandboxUnavailable without a filter."""
-        self.owner = ROOT_RUNS_AS_UID if tools.setpriv is not None else None
+        self.owner = ROOT_RUNS_AS_UID if tools.unshare is not None else None
         self._network = spec.network
         self._filter = filter_file() if spec.seccomp else None
         image = spec.image
         privileges: list[str] = []
-        if tools.setpriv is not None:
-            ids = f"{ROOT_RUNS_AS_UID}"
-            privileges = [tools.setpriv, "--reuid", ids, "--regid", ids, "--clear-groups", "--no-new-privs"]
+        if tools.unshare is not None:  # --setgid also drops all other groups
+            privileges = [tools.unshare, "--setgid", f"{ROOT_RUNS_AS_UID}", "--setuid", f"{ROOT_RUNS_AS_UID}"]
         self._fixed = encoded(
             [
                 *privileges,
                 tools.bwrap,
                 *_namespaces(tools, own_network=spec.network is None),
                 *(_system() if image is None else _system_of(image)),
-                *_own(directory, spec.limits, None if image is None else image / "etc"),
+                *_etc(directory.parent / "etc", image, spec.read_only_files),
+                *_own(directory, spec.limits),
+                *_var_tmp(directory, image),
                 *_shown(spec.read_only_files),
                 *("--remount-ro", "/", "--chdir", "/"),
             ]
@@ -79,9 +67,7 @@ class BubblewrapBackend:
     @contextmanager
     def launch(self, command: Sequence[str], environment: Mapping[str, str], /) -> Iterator[Launch]:
         """See Backend."""
-        variables = [word for name, value in environment.items() for word in ("--setenv", name, value)]
-        before = encoded(self._network.enter()) if self._network is not None else []
-        argv = [*before, *self._fixed, *encoded(variables)]
+        argv = self._argv(environment)
         if self._filter is None:
             yield Launch(argv=[*argv, *encoded(command)])
             return
@@ -91,6 +77,17 @@ class BubblewrapBackend:
             yield Launch(argv=[*argv, *encoded(command)], descriptors=(descriptor,))
         finally:
             os.close(descriptor)
+
+    def login(self, environment: Mapping[str, str], /) -> str:
+        """See Backend."""
+        argv = [*self._argv(environment), *([b"--seccomp", b"9"] if self._filter else []), *encoded(LOGIN)]
+        shown = shlex.join(os.fsdecode(argument) for argument in argv)
+        return f"{shown} 9<{shlex.quote(str(self._filter))}" if self._filter else shown
+
+    def _argv(self, environment: Mapping[str, str]) -> list[bytes]:
+        variables = [word for name, value in environment.items() for word in ("--setenv", name, value)]
+        before = encoded(self._network.enter()) if self._network is not None else []
+        return [*before, *self._fixed, *encoded(variables)]
 
 
 def _namespaces(tools: Tools, *, own_network: bool) -> list[str]:
@@ -106,17 +103,14 @@ def _namespaces(tools: Tools, *, own_network: bool) -> list[str]:
 
 @cache
 def _system() -> tuple[str, ...]:
-    """The read-only system of the host: programs, libraries and the little of /etc that they need."""
+    """The read-only system of the host: programs and libraries."""
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
             arguments += ["--symlink", os.readlink(name), name]
         elif os.path.isdir(name):
             arguments += ["--ro-bind", name, name]
-    arguments += ["--perms", "0755", "--dir", "/etc"]
-    for name in _FROM_ETC:
-        arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-    return (*arguments, "--dir", "/var", "--symlink", "../tmp", "/var/tmp")
+    return tuple(arguments)
 
 
 def _system_of(image: Path) -> list[str]:
@@ -133,31 +127,46 @@ def _system_of(image: Path) -> list[str]:
     return arguments
 
 
-def _own(directory: Path, limits: SandboxLimits, image_etc: Path | None) -> list[str]:
-    """What belongs to the sandbox. File systems in memory are closed or small.
+def _etc(ours: Path, image: Path | None, shown: Mapping[str, Path]) -> list[str]:
+    """/etc: ours, or an image's with our users in it. As a whole, or where a file is to be added by its entries.
 
-    An image's /etc is read-only, so of ours only those files appear there that it has too.
+    Mounted as a whole it is read-only, so nothing can appear there that it has not.
     """
+    base = ours if image is None else image / "etc"
+    if any(inside.startswith("/etc/") and not (base / inside.removeprefix("/etc/")).exists() for inside in shown):
+        arguments = ["--perms", "0755", "--dir", "/etc"]
+        for entry in sorted(base.iterdir()) if base.is_dir() else ():
+            if entry.is_symlink():
+                arguments += ["--symlink", os.readlink(entry), f"/etc/{entry.name}"]
+            elif entry.name not in _OWN_ETC:
+                arguments += ["--ro-bind-try", str(entry), f"/etc/{entry.name}"]
+        own: Sequence[str] = _OWN_ETC
+    else:
+        arguments = ["--ro-bind", str(base), "/etc"] if base.is_dir() else []
+        own = [] if image is None else [name for name in _OWN_ETC if (base / name).is_file()]
+    for name in own:
+        if not (base / name).is_symlink():
+            arguments += ["--ro-bind", str(ours / name), f"/etc/{name}"]
+    return arguments
+
+
+def _own(directory: Path, limits: SandboxLimits) -> list[str]:
+    """What belongs to the sandbox. File systems in memory are closed or small."""
     arguments = ["--proc", "/proc", "--dev", "/dev"]
     arguments += ["--perms", "1777", "--size", str(limits.shared_memory_bytes), "--tmpfs", "/dev/shm"]
     arguments += ["--remount-ro", "/dev"]
     arguments += ["--perms", "0755", "--size", str(16 * MIB), "--tmpfs", "/run"]
     arguments += ["--bind", f"{directory}/home", HOME, "--bind", f"{directory}/tmp", "/tmp"]
-    if image_etc is not None and (image_etc.parent / "var" / "tmp").is_dir():
-        arguments += ["--bind", f"{directory}/tmp", "/var/tmp"]
-    for name in _OWN_ETC:
-        if image_etc is None or ((image_etc / name).is_file() and not (image_etc / name).is_symlink()):
-            arguments += ["--ro-bind", f"{directory.parent}/etc/{name}", f"/etc/{name}"]
     return arguments
+
+
+def _var_tmp(directory: Path, image: Path | None) -> list[str]:
+    """The same directory as /tmp, where an image has a place for it."""
+    if image is None:
+        return ["--dir", "/var", "--symlink", "../tmp", "/var/tmp"]
+    return ["--bind", f"{directory}/tmp", "/var/tmp"] if (image / "var" / "tmp").is_dir() else []
 
 
 def _shown(files: Mapping[str, Path]) -> list[str]:
     """Single files or directories of the host, at other places inside."""
-    arguments: list[str] = []
-    for inside, outside in files.items():
-        if not inside.startswith("/") or ".." in inside.split("/"):
-            raise ValueError(f"{inside!r} is no absolute path inside a sandbox")
-        if not outside.exists():
-            raise ValueError(f"{outside}, to be shown as {inside}, does not exist")
-        arguments += ["--ro-bind", str(outside.resolve()), inside]
-    return arguments
+    return [word for inside, outside in checked_files(files) for word in ("--ro-bind", str(outside), inside)]

@@ -4,7 +4,7 @@
       <pid>-<start time>/                    one runner (this process), locked with flock while it lives
         cgroups                              the control groups that it made, one a line
         filter.bpf                           the filter of system calls, once a sandbox has wanted it
-        etc/                                 passwd, group, hosts, nsswitch.conf that every sandbox is shown
+        etc/                                 the /etc that every sandbox is shown: own users, no keys, no settings
         <label>-xxxxxxxx/home, tmp           one sandbox: its /home and /tmp, owned by the uid it runs as
 
 A runner's directory is stale, and is removed by the next runner, when its process is gone (pid *and* start
@@ -12,8 +12,8 @@ time, since pids are reused) and its lock is free. The lock is for runners in ot
 share $TMPDIR, whose pids mean nothing here; it also keeps systemd-tmpfiles from clearing the directory of a
 runner that lives for weeks.
 
-A sandbox's files are never opened here: what they are is the agent's choice. They are removed by `rm`, which
-follows no symbolic link and copes with any depth.
+A sandbox's files are never opened here: what they are is the agent's choice. A few are unlinked; many are removed by
+`rm`, which follows no symbolic link and copes with any depth.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -38,6 +39,7 @@ SANDBOX_UID = 1000  # inside
 ROOT_RUNS_AS_UID = 64001  # outside, when started by root: an id of Debian's reserved range, which owns nothing
 PARTS = ("home", "tmp")  # of a sandbox's directory, that it can write
 REMOVE_SECONDS = 120.0
+SMALL = 100  # files, that are removed without starting a program for it
 _GROUPS, _FILTER = "cgroups", "filter.bpf"
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,21 @@ _ETC = {
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 }
+
+# What programs need of the host's /etc. Not the rest: it holds the host's users, keys and settings.
+_FROM_ETC = (
+    "alternatives",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "localtime",
+    "pki/ca-trust/extracted",
+    "pki/tls/cert.pem",
+    "pki/tls/certs",
+    "pki/tls/openssl.cnf",
+    "ssl/certs",
+    "ssl/openssl.cnf",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +123,23 @@ def make_sandbox_directory(label: str) -> Path:
         if os.geteuid() == 0:
             os.chown(part, ROOT_RUNS_AS_UID, ROOT_RUNS_AS_UID)
     return directory
+
+
+def remove_if_small(directory: Path) -> bool:
+    """Remove a sandbox's directory here and now if there is little in it; whether it is gone. Opens no file."""
+    try:
+        for name in PARTS:
+            part = os.open(directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                for entry in os.listdir(part)[:SMALL]:
+                    os.unlink(entry, dir_fd=part)
+            finally:
+                os.close(part)
+            os.rmdir(directory / name)
+        os.rmdir(directory)
+    except OSError:  # more in it than that, or a directory: a case for `rm`
+        return False
+    return True
 
 
 def remove_command(directory: Path) -> list[str]:
@@ -176,13 +210,24 @@ def _make_runner() -> _Runner:
         raise SandboxUnavailable(
             f"cannot lock {directory}: {error.strerror}; set TMPDIR to a file system local to this machine"
         ) from error
-    etc = directory / "etc"
+    _make_etc(directory / "etc")
+    return _Runner(directory=directory, lock=lock, cgroups=_make_groups(directory))
+
+
+def _make_etc(etc: Path) -> None:
+    """One directory to mount, in place of a mount for each file."""
     etc.mkdir(exist_ok=True)
-    etc.chmod(0o755)
     for name, text in _ETC.items():
         (etc / name).write_text(text)
-        (etc / name).chmod(0o644)
-    return _Runner(directory=directory, lock=lock, cgroups=_make_groups(directory))
+    for name in _FROM_ETC:
+        source, target = Path("/etc", name), etc / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, shutil.Error):  # not there, or in part not for this user to read
+            if source.is_dir() and not source.is_symlink():
+                shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(source, target, follow_symlinks=False)
+    subprocess.run(["/bin/chmod", "-R", "u=rwX,go=rX", str(etc)], check=True)
 
 
 def _make_groups(runner: Path) -> Cgroups | None:

@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "HOME": HOME,
     "LANG": "C.UTF-8",
 }
+LOGIN = ("/bin/sh", "-c", "cd && exec /bin/sh -l")  # in its place, for people
 SHELL_NAME = "sandbox"  # what process 1 calls itself in its messages: "sandbox: 1: exec: ...: not found"
 STARTED = b"\0"  # the first byte on stderr, when all is set up; what comes before it is a fault of the set-up
 GO_WITH_INPUT, GO = b"given\n", b"none\n"  # the answer to it on stdin: does input follow, or is it /dev/null?

@@ -16,6 +16,7 @@ from megatron_klong.sandbox.directories import (
     make_sandbox_directory,
     remove,
     remove_command,
+    remove_if_small,
     runner_cgroups,
     stale_directories,
 )
@@ -44,7 +45,7 @@ class Place:
 
     async def remove(self) -> bool:
         """Whether all of it is gone. A failure is only logged: its episode is worth more."""
-        removed = await _remove_directory(self.directory)
+        removed = remove_if_small(self.directory) or await _remove_directory(self.directory)
         return (self.group is None or await _remove_group(self.group)) and removed
 
     def remove_files(self) -> None:

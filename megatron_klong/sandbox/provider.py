@@ -1,20 +1,25 @@
-"""Inspect AI's sandbox "bubblewrap": one `Bubblewrap` for each sample; each call of Inspect becomes one of ours.
+"""Inspect AI's sandboxes "bubblewrap" and "apptainer": one sandbox of ours for each sample, each call one of its calls.
 
 Always: a sample starts only after a real sandbox was seen to work, else the evaluation ends with the cure in
 its message; a sandbox is closed with its sample, however that ended. Inspect's own limits on output and on
 files read apply (INSPECT_SANDBOX_MAX_EXEC_OUTPUT_SIZE and _READ_FILE_SIZE), in place of those in
-`SandboxLimits`. A command that timed out is never run again: it may have had effects. Processes do not
-outlive their command, so Inspect's `exec_remote` (background services inside a sandbox) has nothing to talk
-to here.
+`SandboxLimits`. A command that timed out is never run again: it may have had effects. What a limit did to a command
+is told at the end of its stderr. Processes do not outlive their command, so Inspect's `exec_remote` (background
+services inside a sandbox) has nothing to talk to here; `sandbox.start` has them.
 """
 
+from abc import abstractmethod
 from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
 
 from inspect_ai._util.error import PrerequisiteError  # no public name in inspect-ai 0.3
+from inspect_ai.log._samples import sample_active  # nor this
 from inspect_ai.util import (
     ExecResult,
     OutputLimitExceededError,
+    SandboxConnection,
     SandboxEnvironment,
     SandboxEnvironmentConfigType,
     SandboxEnvironmentLimits,
@@ -24,36 +29,60 @@ from inspect_ai.util import (
 )
 from pydantic import BaseModel, ConfigDict
 
-from megatron_klong.sandbox.bubblewrap import (
-    Bubblewrap,
-    CommandTimeout,
-    OutputLimitExceeded,
-    SandboxUnavailable,
-    check_available,
-    reap_stale,
-)
-from megatron_klong.sandbox.directories import SANDBOX_UID, SANDBOX_USER
+from megatron_klong.sandbox import apptainer, bubblewrap
+from megatron_klong.sandbox.apptainer import Apptainer
+from megatron_klong.sandbox.bubblewrap import Bubblewrap
+from megatron_klong.sandbox.directories import SANDBOX_UID, SANDBOX_USER, reap_stale
 from megatron_klong.sandbox.first_process import SHELL_NAME
 from megatron_klong.sandbox.limits import SandboxLimits
+from megatron_klong.sandbox.results import CommandResult, CommandTimeout, OutputLimitExceeded, SandboxUnavailable
+from megatron_klong.sandbox.sandbox import Sandbox
 
 CONCURRENT_SANDBOXES = 64
 
 
-class BubblewrapConfig(BaseModel):
-    """Limits of each sandbox of a task: `SandboxEnvironmentSpec("bubblewrap", BubblewrapConfig(processes=100))`."""
+class SandboxConfig(BaseModel):
+    """What holds for each sandbox of a task, whatever makes it; what is not set is as `SandboxLimits` has it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     memory_bytes: int | None = None
     processes: int | None = None
+    cpus: float | None = None
+    disk_bytes: int | None = None
+    files: int | None = None
     file_bytes: int | None = None
     open_files: int | None = None
     cpu_seconds: int | None = None
+    background_commands: int | None = None
     shared_memory_bytes: int | None = None
+    environment: dict[str, str] = {}
+
+    def __hash__(self) -> int:
+        """Inspect keeps configurations in sets."""
+        return hash(self.model_dump_json())
 
     def limits(self) -> SandboxLimits:
         """The limits that are set here, and the defaults of the others. ValueError."""
-        return SandboxLimits(**self.model_dump(exclude_none=True))
+        names = {field.name for field in fields(SandboxLimits)}
+        return SandboxLimits(**self.model_dump(exclude_none=True, include=names))
+
+
+class BubblewrapConfig(SandboxConfig):
+    """`SandboxEnvironmentSpec("bubblewrap", BubblewrapConfig(processes=100))`."""
+
+    image: Path | None = None
+    """An unpacked root file system, in place of the host's programs."""
+    seccomp: bool = True
+    """Whether system calls are filtered."""
+
+
+class ApptainerConfig(SandboxConfig):
+    """`SandboxEnvironmentSpec("apptainer", ApptainerConfig(image="/images/agent.sif"))`."""
+
+    image: Path
+    gpus: bool = False
+    """The host's NVIDIA devices and driver inside."""
 
 
 class SandboxCommandTimeout(TimeoutError):
@@ -64,42 +93,59 @@ class SandboxCommandTimeout(TimeoutError):
         self.truncated_output = (error.stdout + error.stderr).decode("utf-8", errors="replace")
 
 
-@sandboxenv(name="bubblewrap")
-class BubblewrapSandbox(SandboxEnvironment):
-    """The sandbox of one sample."""
+class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
+    """The sandbox of one sample. The subclasses, registered with Inspect, know how it is made."""
 
-    _of_task: ClassVar[defaultdict[str, set["BubblewrapSandbox"]]] = defaultdict(set)
+    _of_task: ClassVar[defaultdict[str, set["ProvidedSandbox[Any, Any]"]]] = defaultdict(set)
 
-    def __init__(self, bubblewrap: Bubblewrap) -> None:
+    def __init__(self, sandbox: Made) -> None:
         super().__init__()
-        self._bubblewrap = bubblewrap
+        self._sandbox = sandbox
 
     @property
-    def bubblewrap(self) -> Bubblewrap:
-        """The sandbox itself, for what Inspect's interface does not offer (archives, bytes of output)."""
-        return self._bubblewrap
+    def sandbox(self) -> Made:
+        """The sandbox itself, for what Inspect's interface does not offer (archives, background commands)."""
+        return self._sandbox
+
+    @classmethod
+    @abstractmethod
+    def configured(cls, config: SandboxEnvironmentConfigType | None) -> Config:
+        """The configuration of a task, or the default. PrerequisiteError."""
+
+    @classmethod
+    @abstractmethod
+    async def check(cls, config: Config) -> None:
+        """Try it out. SandboxUnavailable."""
+
+    @classmethod
+    @abstractmethod
+    async def make(cls, config: Config, label: str) -> Made:
+        """A new sandbox. SandboxUnavailable, ValueError."""
 
     @classmethod
     def default_concurrency(cls) -> int | None:
         return CONCURRENT_SANDBOXES
 
     @classmethod
-    def config_deserialize(cls, config: dict[str, Any]) -> BaseModel:
-        return BubblewrapConfig(**config)
-
-    @classmethod
     async def task_init(cls, task_name: str, config: SandboxEnvironmentConfigType | None) -> None:
-        _limits_of(config)
+        given = cls.configured(config)
         try:
-            await check_available()
+            given.limits()
+            await cls.check(given)
+        except ValueError as error:
+            raise PrerequisiteError(str(error)) from error
         except SandboxUnavailable as error:
-            raise PrerequisiteError(f"The bubblewrap sandbox is unavailable: {error}") from error
+            raise PrerequisiteError(f"The {cls._name()} sandbox is unavailable: {error}") from error
 
     @classmethod
     async def sample_init(
         cls, task_name: str, config: SandboxEnvironmentConfigType | None, metadata: dict[str, str]
     ) -> dict[str, SandboxEnvironment]:
-        sandbox = cls(await Bubblewrap.create(limits=_limits_of(config), label=task_name))
+        given = cls.configured(config)
+        try:
+            sandbox = cls(await cls.make(given, _label(task_name)))
+        except ValueError as error:
+            raise PrerequisiteError(str(error)) from error
         cls._of_task[task_name].add(sandbox)
         return {"default": sandbox}
 
@@ -113,7 +159,7 @@ class BubblewrapSandbox(SandboxEnvironment):
     ) -> None:
         for environment in environments.values():
             sandbox = environment.as_type(cls)
-            await sandbox.bubblewrap.close()
+            await sandbox.sandbox.close()
             cls._of_task[task_name].discard(sandbox)
 
     @classmethod
@@ -121,14 +167,24 @@ class BubblewrapSandbox(SandboxEnvironment):
         """Close what its samples did not. `cleanup=False` changes nothing: no sandbox outlives its
         process."""
         for sandbox in cls._of_task.pop(task_name, set()):
-            await sandbox.bubblewrap.close()
+            await sandbox.sandbox.close()
 
     @classmethod
     async def cli_cleanup(cls, id: str | None) -> None:
-        """`inspect sandbox cleanup bubblewrap`: remove what killed processes left; those that live are left
-        alone."""
+        """`inspect sandbox cleanup`: remove what killed processes left; those that live are left alone."""
         for directory in reap_stale():
             print(f"removed {directory}")
+
+    async def connection(self, *, user: str | None = None) -> SandboxConnection:
+        if user not in (None, SANDBOX_USER, str(SANDBOX_UID)):
+            raise ConnectionError(f"this sandbox knows only the user {SANDBOX_USER!r}")
+        if self._sandbox.closed:
+            raise ConnectionError("the sandbox is closed")
+        return SandboxConnection(type=self._name(), command=self._sandbox.login())
+
+    @classmethod
+    def _name(cls) -> str:
+        return cls.__name__.removesuffix("Sandbox").lower()
 
     async def exec(
         self,
@@ -142,9 +198,9 @@ class BubblewrapSandbox(SandboxEnvironment):
         concurrency: bool = True,
     ) -> ExecResult[str]:
         if user not in (None, SANDBOX_USER, str(SANDBOX_UID)):
-            raise SandboxUserUnsupportedError(f"a bubblewrap sandbox runs everything as {SANDBOX_USER!r}, not {user!r}")
+            raise SandboxUserUnsupportedError(f"this sandbox runs everything as {SANDBOX_USER!r}, not as {user!r}")
         try:
-            result = await self._bubblewrap.run(
+            result = await self._sandbox.run(
                 cmd,
                 input=input.encode() if isinstance(input, str) else input,
                 cwd=cwd,
@@ -159,7 +215,7 @@ class BubblewrapSandbox(SandboxEnvironment):
             raise OutputLimitExceededError(SandboxEnvironmentLimits.MAX_EXEC_OUTPUT_SIZE_STR, partial) from error
         except SandboxUnavailable as error:
             raise SandboxUnavailableError(str(error)) from error
-        stderr = result.stderr.decode("utf-8", errors="replace")
+        stderr = _with_notice(result)
         if result.returncode == 126 and stderr.startswith(f"{SHELL_NAME}: ") and "Permission denied" in stderr:
             raise PermissionError(stderr.strip())
         return ExecResult(
@@ -171,7 +227,7 @@ class BubblewrapSandbox(SandboxEnvironment):
 
     async def write_file(self, file: str, contents: str | bytes) -> None:
         try:
-            await self._bubblewrap.write_file(file, contents.encode() if isinstance(contents, str) else contents)
+            await self._sandbox.write_file(file, contents.encode() if isinstance(contents, str) else contents)
         except SandboxUnavailable as error:
             raise SandboxUnavailableError(str(error)) from error
 
@@ -184,7 +240,7 @@ class BubblewrapSandbox(SandboxEnvironment):
     async def read_file(self, file: str, text: bool = True) -> str | bytes:
         try:
             limit_bytes = SandboxEnvironmentLimits.MAX_READ_FILE_SIZE
-            contents = await self._bubblewrap.read_file(file, limit_bytes=limit_bytes)
+            contents = await self._sandbox.read_file(file, limit_bytes=limit_bytes)
         except OutputLimitExceeded as error:
             raise OutputLimitExceededError(SandboxEnvironmentLimits.MAX_READ_FILE_SIZE_STR, None) from error
         except SandboxUnavailable as error:
@@ -192,12 +248,80 @@ class BubblewrapSandbox(SandboxEnvironment):
         return contents.decode("utf-8") if text else contents
 
 
-def _limits_of(config: SandboxEnvironmentConfigType | None) -> SandboxLimits:
-    if config is None:
-        return SandboxLimits()
-    if not isinstance(config, BubblewrapConfig):
-        raise PrerequisiteError(f"the bubblewrap sandbox takes a BubblewrapConfig, not {config!r}")
-    try:
-        return config.limits()
-    except ValueError as error:
-        raise PrerequisiteError(str(error)) from error
+@sandboxenv(name="bubblewrap")
+class BubblewrapSandbox(ProvidedSandbox[BubblewrapConfig, Bubblewrap]):
+    """A sample's sandbox, made by bubblewrap."""
+
+    @property
+    def bubblewrap(self) -> Bubblewrap:
+        """The sandbox itself."""
+        return self.sandbox
+
+    @classmethod
+    def config_deserialize(cls, config: dict[str, Any]) -> BaseModel:
+        return BubblewrapConfig(**config)
+
+    @classmethod
+    def configured(cls, config: SandboxEnvironmentConfigType | None) -> BubblewrapConfig:
+        if config is None:
+            return BubblewrapConfig()
+        if not isinstance(config, BubblewrapConfig):
+            raise PrerequisiteError(f"the bubblewrap sandbox takes a BubblewrapConfig, not {config!r}")
+        return config
+
+    @classmethod
+    async def check(cls, config: BubblewrapConfig) -> None:
+        await bubblewrap.check_available(seccomp=config.seccomp)
+
+    @classmethod
+    async def make(cls, config: BubblewrapConfig, label: str) -> Bubblewrap:
+        return await Bubblewrap.create(
+            limits=config.limits(),
+            environment=config.environment,
+            image=config.image,
+            seccomp=config.seccomp,
+            label=label,
+        )
+
+
+@sandboxenv(name="apptainer")
+class ApptainerSandbox(ProvidedSandbox[ApptainerConfig, Apptainer]):
+    """A sample's sandbox, made by Apptainer."""
+
+    @classmethod
+    def config_deserialize(cls, config: dict[str, Any]) -> BaseModel:
+        return ApptainerConfig(**config)
+
+    @classmethod
+    def configured(cls, config: SandboxEnvironmentConfigType | None) -> ApptainerConfig:
+        if not isinstance(config, ApptainerConfig):
+            raise PrerequisiteError(f"the apptainer sandbox takes an ApptainerConfig with an image, not {config!r}")
+        return config
+
+    @classmethod
+    async def check(cls, config: ApptainerConfig) -> None:
+        await apptainer.check_available(config.image)
+
+    @classmethod
+    async def make(cls, config: ApptainerConfig, label: str) -> Apptainer:
+        return await Apptainer.create(
+            image=config.image,
+            limits=config.limits(),
+            environment=config.environment,
+            gpus=config.gpus,
+            label=label,
+        )
+
+
+def _label(task_name: str) -> str:
+    """For people who look at directories and control groups: the task, and the sample where that is known."""
+    active = sample_active()
+    number = "" if active is None else f"-{active.sample.id}-{active.epoch}"
+    return f"{task_name.rpartition('/')[2][: 40 - len(number)]}{number}"
+
+
+def _with_notice(result: CommandResult) -> str:
+    stderr = result.stderr.decode("utf-8", errors="replace")
+    if not result.notice:
+        return stderr
+    return f"{stderr}{'' if stderr.endswith(chr(10)) or not stderr else chr(10)}{SHELL_NAME}: {result.notice}\n"

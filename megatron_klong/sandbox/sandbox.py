@@ -16,6 +16,7 @@ import errno
 import logging
 import os
 import posixpath
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -63,7 +64,7 @@ class Sandbox:
         self._place = place
         self._limits = limits
         self._environment = ENVIRONMENT | _checked(environment)
-        self._join = [] if place.group is None else place.group.join
+        self._join = () if place.group is None else place.group.join
         self._disk = DiskWatch(place.directory, PARTS, most_bytes=limits.disk_bytes, most_files=limits.files)
         self._outcomes = Outcomes(
             sandbox=place.directory.name, program=backend.program, limits=limits, group=place.group, disk=self._disk
@@ -74,6 +75,11 @@ class Sandbox:
         self._started = 0
         self._closing: asyncio.Task[None] | None = None
         _open.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is, or is being closed."""
+        return self._closing is not None
 
     @property
     def background(self) -> Sequence[BackgroundCommand]:
@@ -154,6 +160,11 @@ class Sandbox:
             del self._background[background.id]
             raise transfer.os_error(background.result, output)
         return background
+
+    def login(self) -> str:
+        """A shell command by which the user of this process gets a shell inside, while the sandbox is open."""
+        joined = shlex.join(os.fsdecode(argument) for argument in self._join)
+        return f"{joined} {self._backend.login(self._environment)}".strip()
 
     async def write_file(self, path: str, contents: bytes) -> None:
         """Write a file, making its parents. IsADirectoryError, PermissionError or another OSError; as `run`."""

@@ -31,6 +31,7 @@ from inspect_ai.util._sandbox import self_check
 
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
 from megatron_klong.sandbox.directories import runner_directory
+from megatron_klong.sandbox.limits import MIB
 from megatron_klong.sandbox.provider import BubblewrapConfig, BubblewrapSandbox
 from tests.conftest import REPOSITORY
 
@@ -190,6 +191,54 @@ def test_config_sets_the_limits_and_survives_the_log(tmp_path: Path) -> None:
     wrong = SandboxEnvironmentSpec("bubblewrap", BubblewrapConfig(processes=1))
     with pytest.raises(PrerequisiteError, match="processes is 1"):
         evaluate(Task(dataset=[Sample("?")], sandbox=wrong), [], tmp_path)
+
+
+def test_what_a_limit_did_is_told_to_the_model(tmp_path: Path) -> None:
+    config = BubblewrapConfig(memory_bytes=128 * MIB, disk_bytes=32 * MIB, environment={"WHO": "me"})
+    task = Task(
+        dataset=[Sample("?")],
+        solver=[use_tools(bash()), generate()],
+        sandbox=SandboxEnvironmentSpec("bubblewrap", config),
+    )
+    write = "for i in $(seq 1000); do head -c 4M /dev/zero > $i; sleep 0.01; done"
+    commands = ["echo $WHO; python3 -c 'bytearray(1 << 30)'", write, "rm -f ?*; echo gone"]
+    memory, disk, after = tool_outputs(evaluate(task, commands, tmp_path))
+    assert "me" in memory
+    assert "out of memory" in memory.lower()
+    assert "Killed: /home and /tmp hold" in disk
+    assert "gone" in after
+
+
+def test_a_sandbox_is_named_after_its_task_and_sample_and_people_can_enter_it(tmp_path: Path) -> None:
+    found: list[tuple[str, str]] = []
+
+    @solver
+    def looks() -> Solver:
+        async def solve(state: TaskState, generate: Generate) -> TaskState:
+            box = sandbox()
+            connection = await box.connection()
+            inside = subprocess.run(
+                ["sh", "-c", connection.command],
+                input="whoami; touch entered; grep Seccomp: /proc/self/status\n",
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            assert "entered" in (await box.exec(["ls"])).stdout, inside
+            found.append((box.as_type(BubblewrapSandbox).bubblewrap._place.directory.name, inside.stdout))
+            with pytest.raises(ConnectionError):
+                await box.connection(user="root")
+            return state
+
+        return solve
+
+    task = Task(name="papers", dataset=[Sample("?", id="sample-7")], solver=looks(), sandbox="bubblewrap")
+    log = evaluate(task, [], tmp_path)
+    assert log.status == "success", log.error
+    [(name, output)] = found
+    assert name.startswith("papers-sample-7-1-")
+    assert output.split() == ["agent", "Seccomp:", "2"]
 
 
 def test_without_bubblewrap_no_sample_starts_and_the_cure_is_told(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_v2_one_group_holds_all_limits(tmp_path: Path) -> None:
     assert group.full()
     group.kill()
     assert (directory / "cgroup.kill").read_text() == "1"
-    assert group.join[:2] == [b"/bin/sh", b"-c"]
+    assert group.join[:2] == (b"/bin/sh", b"-c")
     joined = subprocess.run([*group.join, b"echo", b"in"], capture_output=True, text=True, check=True)
     assert joined.stdout == "in\n"
     assert (directory / "cgroup.procs").read_text() == "0\n"
