@@ -27,7 +27,7 @@ from torch import distributed
 from megatron_klong.config import ConfigError
 from megatron_klong.model.build import build_model
 from megatron_klong.model.parallel import destroy, initialize
-from megatron_klong.serve import cpu, refit
+from megatron_klong.serve import cpu, cpu_layers, refit
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.flight import Flight, RefitAsked
 from megatron_klong.serve.interface import Load, Progress
@@ -197,6 +197,7 @@ class MegatronEngine:
         refit.load(model, self.model_config, Path(config.weights))
         # the other way for experts needs memory that several GPUs share
         model.config.inference_moe_token_dispatcher_type = "nccl"
+        cpu_layers.lighten(model)
         return Lockstep(Replica(model.eval(), self.model_config, config))
 
     async def _lead(self) -> None:

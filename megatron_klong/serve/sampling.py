@@ -43,12 +43,12 @@ class SeededSampling(Sampling):  # type: ignore[misc]  # Megatron is untyped
         """Ids [n] of the first n rows of logits [rows, vocabulary]. Megatron's contract, without speculation."""
         if token_to_request_index is not None:
             raise NotImplementedError("speculative decoding draws several tokens a request")
-        rows = (logits[:n] if gather_indices is None else logits[gather_indices[:n]]).double()
+        rows = logits[:n] if gather_indices is None else logits[gather_indices[:n]]
         temperature, top_k, top_p = _parameters(context, n)
         drawn = rows.argmax(-1)
         if (sampled := (top_k != 1).nonzero()[:, 0]).numel():
             chosen = sampled.to(rows.device)
-            filtered = filter_logits(rows[chosen], temperature[sampled], top_k[sampled], top_p[sampled])
+            filtered = filter_logits(rows[chosen].double(), temperature[sampled], top_k[sampled], top_p[sampled])
             drawn[chosen] = draw(filtered, self._uniform(context, n)[sampled].to(rows.device))
         if output is None:
             return drawn
@@ -64,7 +64,9 @@ class SeededSampling(Sampling):  # type: ignore[misc]  # Megatron is untyped
         if token_to_request_index is not None:
             temperature, top_k, top_p = (part[token_to_request_index] for part in (temperature, top_k, top_p))
         top_k = top_k.masked_fill(top_k == 1, 0)
-        return torch.log_softmax(filter_logits(logits.double(), temperature, top_k, top_p), -1).float()
+        # where something is left out it must be what `sample_kernel` leaves out, to the token
+        exact = logits.double() if bool(((top_k > 0) | (top_p > 0)).any()) else logits.float()
+        return torch.log_softmax(filter_logits(exact, temperature, top_k, top_p), -1).float()
 
     def _uniform(self, context: Any, n: int) -> torch.Tensor:
         first = context.paused_request_count
