@@ -8,12 +8,13 @@ import asyncio
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import zstandard
 from inspect_ai.util import OutputLimitExceededError, SandboxEnvironment
 
 from megatron_klong.files import atomic_file
-from megatron_klong.sandbox.provider import BubblewrapSandbox
+from megatron_klong.sandbox.provider import ProvidedSandbox
 from megatron_klong.sandbox.results import OutputLimitExceeded
 
 _AT_ONCE = 2
@@ -36,6 +37,15 @@ class Archive:
     tar_bytes: int
 
 
+def provided(environment: SandboxEnvironment) -> ProvidedSandbox[Any, Any] | None:
+    """What is behind Inspect's interface, if a provider of this package made it: archives, background commands, network
+    log."""
+    try:
+        return environment.as_type(ProvidedSandbox)  # type: ignore[type-abstract]  # it only asks isinstance
+    except TypeError:
+        return None
+
+
 def archive_slot() -> asyncio.Semaphore:
     """What is held while a tar is in memory."""
     loop = asyncio.get_running_loop()
@@ -44,9 +54,10 @@ def archive_slot() -> asyncio.Semaphore:
 
 async def read_tar(environment: SandboxEnvironment, directory: str, *, limit_bytes: int) -> bytes:
     """The content of a directory as a tar with names relative to it. Raises ArchiveError."""
-    if isinstance(environment, BubblewrapSandbox):
+    if (ours := provided(environment)) is not None:
         try:
-            return await environment.bubblewrap.read_archive(directory, limit_bytes=limit_bytes)
+            tar: bytes = await ours.sandbox.read_archive(directory, limit_bytes=limit_bytes)
+            return tar
         except OutputLimitExceeded:
             raise ArchiveError(f"{directory} is larger than {limit_bytes:,} bytes") from None
         except OSError as error:
@@ -72,9 +83,9 @@ async def write_tar(environment: SandboxEnvironment, directory: str, tar: bytes)
     cleared = await environment.exec(["/bin/sh", "-c", script, "sh", directory], timeout_retry=False)
     if not cleared.success:
         raise ArchiveError(f"{directory} could not be cleared: {cleared.stderr.strip()}")
-    if isinstance(environment, BubblewrapSandbox):
+    if (ours := provided(environment)) is not None:
         try:
-            await environment.bubblewrap.write_archive(directory, tar)
+            await ours.sandbox.write_archive(directory, tar)
         except OSError as error:
             raise ArchiveError(f"{directory} could not be unpacked: {error}") from error
         return

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_klong.config import Config, Duration
+from megatron_klong.sandbox.config import ApptainerConfig, BubblewrapConfig
 from megatron_klong.trajectory.context import ContextPolicy
 
 ToolName = Literal["bash", "python", "read_file_chunk", "search_file", "background", "jobs", "submit"]
@@ -83,8 +84,12 @@ class EpisodeConfig(Config):
     freeze_every_turns: int = Field(default=0, ge=0)
     """How often the episode is written down so that another process can go on with it; 0: only when asked."""
     refused_requests: int | None = Field(default=None, gt=0)
-    """Requests refused by the egress filter after which the episode ends; None: they are only counted."""
+    """Requests for what the task forbids after which the episode ends; None: they are refused and counted."""
     context: ContextConfig = ContextConfig()
+    bubblewrap: BubblewrapConfig = BubblewrapConfig()
+    """Limits and network of a bubblewrap sandbox, the default."""
+    apptainer: ApptainerConfig | None = None
+    """Limits and image of an Apptainer sandbox; set, it takes the place of bubblewrap."""
 
     @model_validator(mode="after")
     def _nested(self) -> Self:

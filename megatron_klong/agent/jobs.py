@@ -6,9 +6,9 @@ from call to call, so there a plain `nohup ... &` does it, and the agent is told
 
 from inspect_ai.util import sandbox
 
+from megatron_klong.agent.archive import provided
 from megatron_klong.agent.deadline import readable_seconds
 from megatron_klong.sandbox.background import BackgroundCommand
-from megatron_klong.sandbox.provider import BubblewrapSandbox
 from megatron_klong.sandbox.results import TooManyCommands
 
 _ELSEWHERE = "Error: this sandbox keeps processes by itself; start it in the shell with `nohup COMMAND > FILE 2>&1 &`"
@@ -27,12 +27,12 @@ class Jobs:
 
     async def start(self, cmd: str, cwd: str) -> str:
         """Start one; the text for the agent."""
-        environment = sandbox()
-        if not isinstance(environment, BubblewrapSandbox):
+        ours = provided(sandbox())
+        if ours is None:
             return _ELSEWHERE
         output = f"/tmp/jobs/{len(self._jobs) + 1}.txt"
         try:
-            job = await environment.bubblewrap.start(["bash", "-c", cmd], output_path=output, cwd=cwd)
+            job = await ours.sandbox.start(["bash", "-c", cmd], output_path=output, cwd=cwd)
         except (TooManyCommands, OSError) as error:
             return f"Error: {error}"
         self._jobs.append(job)

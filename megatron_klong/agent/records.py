@@ -4,6 +4,7 @@ Always: every sample of a log yields a record; one that was cut or broke has the
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,20 @@ from inspect_ai.log import EvalSample, read_eval_log, resolve_sample_attachments
 from inspect_ai.model import ChatMessage
 
 from megatron_klong.agent.ending import Ending
+from megatron_klong.agent.failures import explain_failure
 from megatron_klong.agent.messages import to_message, turn_record
 from megatron_klong.agent.scaffold import STORE_KEY
+from megatron_klong.agent.violations import find_violations
+from megatron_klong.sandbox.egress.rules import Blacklist
 from megatron_klong.serve.turns import TurnStore
-from megatron_klong.trajectory.episode import EpisodeRecord, MessageRecord, PolicyRecord, write_episode
+from megatron_klong.trajectory.episode import (
+    EpisodeRecord,
+    FailureRecord,
+    MessageRecord,
+    PolicyRecord,
+    ViolationRecord,
+    write_episode,
+)
 
 
 def export_records(log_file: Path, folder: Path, turns: TurnStore | None = None) -> list[Path]:
@@ -33,7 +44,7 @@ def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | 
     ending, error = _ending(sample, notes)
     played = [turn for message in sample.messages if (turn := turn_record(message))]
     seconds = (sample.total_time or 0.0) + notes.get("seconds_before", 0.0)
-    return EpisodeRecord(
+    record = EpisodeRecord(
         task=str(metadata.get("task", sample.id)),
         model=model.rsplit("/", 1)[-1],
         epoch=metadata.get("rollout") or sample.epoch,
@@ -51,6 +62,29 @@ def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | 
         log=log_name,
         sample=sample.uuid or str(sample.id),
     )
+    return record.model_copy(update={"failure": _failure(record), "violations": _violations(record, metadata)})
+
+
+def _failure(record: EpisodeRecord) -> FailureRecord | None:
+    unjudged = record.ending == Ending.FINISHED and record.score is None
+    if unjudged or record.ending == Ending.SUSPENDED:
+        return None
+    found = explain_failure(record)
+    if found is None:
+        return None
+    return FailureRecord(category=found.category, message=found.message, excerpt=found.excerpt)
+
+
+def _violations(record: EpisodeRecord, metadata: Mapping[str, Any]) -> list[ViolationRecord]:
+    file = Path(str(metadata.get("folder", ""))) / "blacklist.txt"
+    if not file.is_file():  # a log read elsewhere, without its tasks
+        return []
+    messages = [message.message() for message in record.messages]
+    return [
+        ViolationRecord(kind=found.kind, message=found.message, rule=found.rule, excerpt=found.text)
+        for found in find_violations(messages, Blacklist.read(file))
+        if found.is_violation
+    ]
 
 
 def _message_record(message: ChatMessage, turns: TurnStore | None) -> MessageRecord:

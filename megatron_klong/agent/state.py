@@ -17,7 +17,7 @@ from inspect_ai.tool import ToolDef
 from inspect_ai.util import sample_limits, sandbox
 from pydantic import TypeAdapter
 
-from megatron_klong.agent.archive import archive_slot, read_compressed, read_tar, write_compressed, write_tar
+from megatron_klong.agent.archive import archive_slot, provided, read_compressed, read_tar, write_compressed, write_tar
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.deadline import Deadline, TimeUsed
 from megatron_klong.agent.frozen import FrozenEpisode, FrozenError, read_frozen, workspace_file, write_frozen
@@ -198,8 +198,10 @@ def sampled_turns() -> TurnStore | None:
 
 
 def refused_requests(episode: Episode) -> int:
-    """Requests that the egress filter has refused in the whole episode."""
-    return episode.refused_before
+    """Requests for what the task forbids, refused by the egress filter, in the whole episode."""
+    ours = provided(sandbox())
+    here = ours.egress.counts.forbidden if ours is not None and ours.egress is not None else 0
+    return episode.refused_before + here
 
 
 def _sample_seconds() -> float:

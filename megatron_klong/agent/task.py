@@ -9,6 +9,7 @@ from typing import Any
 from inspect_ai import Task, task
 from inspect_ai.dataset import Sample
 from inspect_ai.model import ChatMessageUser
+from inspect_ai.util import SandboxEnvironmentSpec
 
 import megatron_klong.sandbox.provider  # noqa: F401  # registers the sandbox `bubblewrap`
 from megatron_klong.agent.config import EpisodeConfig
@@ -32,7 +33,7 @@ def paper_replication(
     split: str | None = None,
     config: str | None = None,
     freeze_folder: str | None = None,
-    submissions: str | None = None,
+    artifacts: str | None = None,
     **overrides: Any,
 ) -> Task:
     """Play every task of a folder.
@@ -43,14 +44,14 @@ def paper_replication(
         split: file with the ids to play
         config: TOML file of episode settings
         freeze_folder: where episodes are frozen, and gone on with if one is there already
-        submissions: folder that is given what each episode left, as .tar.zst
+        artifacts: folder for what each episode leaves: its submission as .tar.zst, its network log
         overrides: single settings by dotted name, such as timeout=2h or context.max_tokens=2048
     """
     flags = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
     settings = load_config(EpisodeConfig, [config] if config else [], flags)
     chosen = load_tasks(Path(tasks), read_split(Path(split)) if split else None)
     samples = [sample(paper_task, frozen=_newest(freeze_folder, paper_task.id)) for paper_task in chosen]
-    return episode_task(samples, settings, tokenizer, freeze_folder=freeze_folder, submissions=submissions)
+    return episode_task(samples, settings, tokenizer, freeze_folder=freeze_folder, artifacts=artifacts)
 
 
 def _newest(freeze_folder: str | None, sample_id: str) -> str | None:
@@ -66,17 +67,19 @@ def episode_task(
     name: str | None = None,
     *,
     freeze_folder: str | None = None,
-    submissions: str | None = None,
+    artifacts: str | None = None,
 ) -> Task:
     """The same from samples and checked settings.
 
-    freeze_folder: where episodes are frozen.  submissions: folder that is given what each left, as .tar.zst.
+    freeze_folder: where episodes are frozen.  artifacts: folder for what each leaves.
     """
     return Task(
         dataset=samples,
         solver=klong_scaffold(settings, tokenizer, freeze_folder),
-        scorer=rubric_score(settings.submission_bytes, submissions),
-        sandbox="bubblewrap",
+        scorer=rubric_score(settings.submission_bytes, artifacts),
+        sandbox=SandboxEnvironmentSpec("bubblewrap", settings.bubblewrap)
+        if settings.apptainer is None
+        else SandboxEnvironmentSpec("apptainer", settings.apptainer),
         time_limit=math.ceil(settings.hard_timeout.in_seconds),
         fail_on_error=False,
         name=name,

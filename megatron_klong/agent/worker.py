@@ -53,8 +53,8 @@ class Job(Config):
     record_folder: str
     freeze_folder: str | None = None
     """Where episodes are frozen, when a file FREEZE there asks for it or every so many turns."""
-    submission_folder: str | None = None
-    """Keeps what each episode left, as .tar.zst."""
+    artifact_folder: str | None = None
+    """Keeps what each episode leaves: its submission as .tar.zst, its requests to the network."""
 
 
 def sampled_file(record: Path) -> Path:
@@ -125,7 +125,7 @@ def run(job: Job, model: Model) -> None:
             job.tokenizer,
             job.name,
             freeze_folder=job.freeze_folder,
-            submissions=job.submission_folder,
+            artifacts=job.artifact_folder,
         ),
         model=model,
         max_samples=job.max_episodes,

@@ -10,7 +10,7 @@ services inside a sandbox) has nothing to talk to here; `sandbox.start` has them
 
 from abc import abstractmethod
 from collections import defaultdict
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
 
@@ -27,62 +27,20 @@ from inspect_ai.util import (
     SandboxUserUnsupportedError,
     sandboxenv,
 )
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from megatron_klong.sandbox import apptainer, bubblewrap
 from megatron_klong.sandbox.apptainer import Apptainer
 from megatron_klong.sandbox.bubblewrap import Bubblewrap
+from megatron_klong.sandbox.config import ApptainerConfig, BubblewrapConfig, SandboxConfig
 from megatron_klong.sandbox.directories import SANDBOX_UID, SANDBOX_USER, reap_stale
+from megatron_klong.sandbox.egress import shared
+from megatron_klong.sandbox.egress.proxy import SandboxEgress
 from megatron_klong.sandbox.first_process import SHELL_NAME
-from megatron_klong.sandbox.limits import SandboxLimits
 from megatron_klong.sandbox.results import CommandResult, CommandTimeout, OutputLimitExceeded, SandboxUnavailable
 from megatron_klong.sandbox.sandbox import Sandbox
 
 CONCURRENT_SANDBOXES = 64
-
-
-class SandboxConfig(BaseModel):
-    """What holds for each sandbox of a task, whatever makes it; what is not set is as `SandboxLimits` has it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    memory_bytes: int | None = None
-    processes: int | None = None
-    cpus: float | None = None
-    disk_bytes: int | None = None
-    files: int | None = None
-    file_bytes: int | None = None
-    open_files: int | None = None
-    cpu_seconds: int | None = None
-    background_commands: int | None = None
-    shared_memory_bytes: int | None = None
-    environment: dict[str, str] = {}
-
-    def __hash__(self) -> int:
-        """Inspect keeps configurations in sets."""
-        return hash(self.model_dump_json())
-
-    def limits(self) -> SandboxLimits:
-        """The limits that are set here, and the defaults of the others. ValueError."""
-        names = {field.name for field in fields(SandboxLimits)}
-        return SandboxLimits(**self.model_dump(exclude_none=True, include=names))
-
-
-class BubblewrapConfig(SandboxConfig):
-    """`SandboxEnvironmentSpec("bubblewrap", BubblewrapConfig(processes=100))`."""
-
-    image: Path | None = None
-    """An unpacked root file system, in place of the host's programs."""
-    seccomp: bool = True
-    """Whether system calls are filtered."""
-
-
-class ApptainerConfig(SandboxConfig):
-    """`SandboxEnvironmentSpec("apptainer", ApptainerConfig(image="/images/agent.sif"))`."""
-
-    image: Path
-    gpus: bool = False
-    """The host's NVIDIA devices and driver inside."""
 
 
 class SandboxCommandTimeout(TimeoutError):
@@ -98,9 +56,11 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
 
     _of_task: ClassVar[defaultdict[str, set["ProvidedSandbox[Any, Any]"]]] = defaultdict(set)
 
-    def __init__(self, sandbox: Made) -> None:
+    def __init__(self, sandbox: Made, egress: SandboxEgress | None = None) -> None:
         super().__init__()
         self._sandbox = sandbox
+        self.egress = egress
+        """Its way out, with what was asked there; None without a network."""
 
     @property
     def sandbox(self) -> Made:
@@ -119,8 +79,14 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
 
     @classmethod
     @abstractmethod
-    async def make(cls, config: Config, label: str) -> Made:
+    async def make(cls, config: Config, label: str, egress: SandboxEgress | None) -> Made:
         """A new sandbox. SandboxUnavailable, ValueError."""
+
+    async def close(self) -> None:
+        """End all that runs in it, then its network."""
+        await self._sandbox.close()
+        if self.egress is not None:
+            await self.egress.close()
 
     @classmethod
     def default_concurrency(cls) -> int | None:
@@ -132,6 +98,7 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
         try:
             given.limits()
             await cls.check(given)
+            await shared.start_for(task_name, given.egress)
         except ValueError as error:
             raise PrerequisiteError(str(error)) from error
         except SandboxUnavailable as error:
@@ -141,11 +108,17 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
     async def sample_init(
         cls, task_name: str, config: SandboxEnvironmentConfigType | None, metadata: dict[str, str]
     ) -> dict[str, SandboxEnvironment]:
-        given = cls.configured(config)
+        given, label = cls.configured(config), _label(task_name)
+        egress = None
         try:
-            sandbox = cls(await cls.make(given, _label(task_name)))
-        except ValueError as error:
-            raise PrerequisiteError(str(error)) from error
+            egress = await shared.open_for(task_name, given.egress, metadata.get("folder"), label)
+            sandbox = cls(await cls.make(given, label, egress), egress)
+        except BaseException as error:
+            if egress is not None:
+                await egress.close()
+            if isinstance(error, ValueError):
+                raise PrerequisiteError(str(error)) from error
+            raise
         cls._of_task[task_name].add(sandbox)
         return {"default": sandbox}
 
@@ -159,7 +132,7 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
     ) -> None:
         for environment in environments.values():
             sandbox = environment.as_type(cls)
-            await sandbox.sandbox.close()
+            await sandbox.close()
             cls._of_task[task_name].discard(sandbox)
 
     @classmethod
@@ -167,7 +140,8 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
         """Close what its samples did not. `cleanup=False` changes nothing: no sandbox outlives its
         process."""
         for sandbox in cls._of_task.pop(task_name, set()):
-            await sandbox.sandbox.close()
+            await sandbox.close()
+        await shared.end_for(task_name)
 
     @classmethod
     async def cli_cleanup(cls, id: str | None) -> None:
@@ -274,10 +248,15 @@ class BubblewrapSandbox(ProvidedSandbox[BubblewrapConfig, Bubblewrap]):
         await bubblewrap.check_available(seccomp=config.seccomp)
 
     @classmethod
-    async def make(cls, config: BubblewrapConfig, label: str) -> Bubblewrap:
+    async def make(cls, config: BubblewrapConfig, label: str, egress: SandboxEgress | None) -> Bubblewrap:
+        files: Mapping[str, Path] = {}
+        if egress is not None:
+            files = egress.files if config.image is None else egress.files_for(config.image)
         return await Bubblewrap.create(
             limits=config.limits(),
-            environment=config.environment,
+            environment={**(egress.environment if egress else {}), **config.environment},
+            network=egress.network if egress else None,
+            read_only_files=files,
             image=config.image,
             seccomp=config.seccomp,
             label=label,
@@ -296,6 +275,8 @@ class ApptainerSandbox(ProvidedSandbox[ApptainerConfig, Apptainer]):
     def configured(cls, config: SandboxEnvironmentConfigType | None) -> ApptainerConfig:
         if not isinstance(config, ApptainerConfig):
             raise PrerequisiteError(f"the apptainer sandbox takes an ApptainerConfig with an image, not {config!r}")
+        if config.egress.mode != "off":
+            raise PrerequisiteError("apptainer sandboxes have no network (egress.mode off); bubblewrap's can have one")
         return config
 
     @classmethod
@@ -303,7 +284,7 @@ class ApptainerSandbox(ProvidedSandbox[ApptainerConfig, Apptainer]):
         await apptainer.check_available(config.image)
 
     @classmethod
-    async def make(cls, config: ApptainerConfig, label: str) -> Apptainer:
+    async def make(cls, config: ApptainerConfig, label: str, egress: SandboxEgress | None) -> Apptainer:
         return await Apptainer.create(
             image=config.image,
             limits=config.limits(),

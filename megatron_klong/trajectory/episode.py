@@ -129,6 +129,23 @@ class PolicyRecord(_Record):
         return ContextPolicy(**self.model_dump())
 
 
+class FailureRecord(_Record):
+    """dependency, context, engine, sandbox or agent; message: number of the one that shows it, where one does."""
+
+    category: str
+    message: int | None
+    excerpt: str
+
+
+class ViolationRecord(_Record):
+    """attempted or obtained, in which message, against which entry of the blacklist."""
+
+    kind: str
+    message: int
+    rule: str
+    excerpt: str
+
+
 class EpisodeRecord(_Record):
     """One episode. `model` is the policy that acted; `log` and `sample` say where Inspect's own record is.
 
@@ -147,6 +164,10 @@ class EpisodeRecord(_Record):
     windows: int
     refused_requests: int = 0
     """By the egress filter."""
+    failure: FailureRecord | None = None
+    """What kept the episode from a success; None for a success."""
+    violations: list[ViolationRecord] = []
+    """What the transcript shows of material the task forbids, but for mere mentions."""
     messages: list[MessageRecord]
     tools: list[dict[str, Any]]
     turns: list[TurnRecord]

@@ -24,12 +24,12 @@ class EgressConfig(BaseModel):
     mode: Literal["off", "open", "listed"] = "off"
     """off: no network; open: every public host that the task does not forbid; listed: of those only the hosts in
     `allow`."""
-    allow: tuple[str, ...] = ()
+    allow: tuple[str, ...] = Field(default=(), strict=False)  # a list where it is read back from a log's JSON
     """Hosts for mode listed, package indexes for instance; ".example.org" is a host with all its subdomains."""
     addresses: dict[str, str] = {}
     """Where internal services are: "index.example.org" or "index.example.org:8443" = "10.0.0.7:3141". Only these may
     have private addresses and ports other than 80 and 443."""
-    fetchers: tuple[str, ...] = ()
+    fetchers: tuple[str, ...] = Field(default=(), strict=False)
     """Further hosts that fetch a URL named in their own (mirrors, archives): their TLS is opened to look for one that
     the task forbids."""
     upstream_ca: str | None = None

@@ -1,6 +1,5 @@
 """Whole episodes. Scripted is the model alone, over real HTTP; Inspect, worker process, sandbox and judge are real."""
 
-import asyncio
 import json
 import shutil
 import subprocess
@@ -13,87 +12,17 @@ from typing import Any
 import psutil
 import pytest
 
-from examples.longhaul.corpus import training_texts
-from examples.longhaul.generate import generate_task
 from examples.longhaul.serve_teachers import Options, serving
-from megatron_klong.agent.collect import CollectError, collect
-from megatron_klong.agent.config import EpisodeConfig
-from megatron_klong.agent.worker import Job, Played
-from megatron_klong.config import load_config
-from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
-from megatron_klong.trajectory.episode import EpisodeRecord, read_episode
+from megatron_klong.agent.collect import CollectError
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.importers import openai_messages
 from megatron_klong.trajectory.live import PromptDigest
 from megatron_klong.trajectory.replay import replay
 from megatron_klong.trajectory.schema import Reading, Role
 from megatron_klong.trajectory.tokenizer import load_tokenizer
-from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from tests.conftest import REPOSITORY
-from tests.integration.scripted_endpoint import Script, call, endpoint, say
-
-READ = call("read_file_chunk", file="/home/paper/paper.md")
-SUBMIT = call("submit", end_message="done")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def sandbox() -> None:
-    try:
-        asyncio.run(check_available())
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-
-
-def settings(*flags: str) -> EpisodeConfig:
-    small = [
-        *("--tools", '["bash", "read_file_chunk", "submit"]', "--timeout", "60s", "--hard_timeout", "70s"),
-        *("--command_timeout", "20s", "--remind_every_turns", "3", "--output_characters", "2400"),
-        *("--context.max_tokens", "2048", "--context.reserve_tokens", "256", "--context.keep_tokens", "300"),
-        *("--context.prefix_cap_tokens", "1400"),
-    ]
-    return load_config(EpisodeConfig, [], [*small, *flags])
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tasks")
-    for turns in (10, 60):
-        generate_task(root, task_id=f"t{turns}", seed=1, turns=turns)
-    return root / "papers"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(training_texts([tasks / "t10"], settings()), vocabulary_size=1500, folder=folder)
-    return folder
-
-
-def play(
-    folder: Path, tokenizer: Path, task: Path, url: str, config: EpisodeConfig, model: str = "scripted"
-) -> EpisodeRecord:
-    """One episode in a worker process."""
-    given = job(folder, tokenizer, task, url, config, model)
-    (finished,) = collect([given], workers=1, output_folder=folder / "output")
-    return read_episode(Path(finished.record))
-
-
-def job(folder: Path, tokenizer: Path, task: Path, url: str, config: EpisodeConfig, model: str = "scripted") -> Job:
-    return Job(
-        name=model,
-        episodes=[Played(task_folder=str(task))],
-        model=f"openai-api/teacher/{model}",
-        base_url=url,
-        tokenizer=str(tokenizer),
-        settings=config,
-        log_folder=str(folder / "logs"),
-        record_folder=str(folder / "records"),
-    )
-
-
-def play_script(folder: Path, tokenizer: Path, task: Path, script: Script, config: EpisodeConfig) -> EpisodeRecord:
-    with endpoint(script) as served:
-        return play(folder, tokenizer, task, served.url, config)
+from tests.integration.agent.playing import READ, SUBMIT, job, play, play_script, settings
+from tests.integration.scripted_endpoint import call, endpoint, say
 
 
 def fingerprints_on_the_wire(requests: Sequence[dict[str, Any]], renderer: GlmRenderer) -> list[tuple[int, str]]:

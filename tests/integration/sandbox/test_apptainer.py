@@ -25,7 +25,7 @@ from megatron_klong.sandbox.backend import SandboxSpec
 from megatron_klong.sandbox.first_process import STARTED
 from megatron_klong.sandbox.limits import GIB, MIB, SandboxLimits
 from megatron_klong.sandbox.place import Place
-from megatron_klong.sandbox.provider import ApptainerConfig, BubblewrapConfig
+from megatron_klong.sandbox.config import ApptainerConfig, BubblewrapConfig
 from megatron_klong.sandbox.results import SandboxUnavailable
 from tests.integration.sandbox.test_provider import evaluate, sandbox_directories, tool_outputs
 from tests.unit.sandbox.machine import alive

@@ -1,0 +1,231 @@
+"""Frozen in one process, gone on with in another: same messages, same files, same ids, the time that was left."""
+
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_klong.agent.collect import collect
+from megatron_klong.agent.frozen import (
+    REQUEST,
+    FrozenEpisode,
+    FrozenError,
+    newest_frozen,
+    read_frozen,
+    request_freeze,
+)
+from megatron_klong.agent.worker import FinishedEpisode, Job, Played, sampled_file
+from megatron_klong.serve.turns import read_turns
+from megatron_klong.trajectory.episode import EpisodeRecord, read_episode
+from megatron_klong.trajectory.glm import GlmRenderer
+from megatron_klong.trajectory.replay import replay
+from megatron_klong.trajectory.schema import Role
+from megatron_klong.trajectory.tokenizer import load_tokenizer
+from tests.conftest import REPOSITORY
+from tests.integration.agent.playing import job, last_number, policy, results, settings
+from tests.integration.scripted_endpoint import Reply, call, endpoint
+from tests.unit.serve.scripted import call as written_call
+from tests.unit.serve.scripted import serving
+
+TURNS = 14
+LEFT = re.compile(r"\[time left: (?:(\d+)m )?(\d+)s\]")
+
+
+def step(number: int) -> str:
+    """Leaves a line, a file that is removed by the next step, and a random one that stays."""
+    remove = f"rm /tmp/only-{number - 1}; " if number > 1 else ""
+    keep = f"head -c 500 /dev/urandom > random-{number}; touch /tmp/only-{number}; sleep 0.$((RANDOM % 5))"
+    return f"{remove}echo {number} >> log.txt; {keep}; echo step {number} done"
+
+
+LAST = "cat log.txt | tr '\\n' ' '; ls /tmp/only-*; ls random-* | wc -l; cat random-* | sha256sum; echo step 99 done"
+
+
+def script(number: int, messages: list[dict[str, Any]]) -> Reply:
+    """Goes on from what the newest result says, in whatever process."""
+    done = last_number(r"step (\d+) done", str(messages[-1]["content"]))
+    return call("bash", cmd=step(done + 1) if done < TURNS - 1 else LAST)
+
+
+def configured(*flags: str, turns: int = TURNS) -> Any:
+    every = ("--freeze_every_turns", "1", "--remind_every_turns", "1")
+    times = ("--timeout", "10m", "--hard_timeout", "12m")
+    return settings("--turn_limit", str(turns), "--reading", "off", *every, *times, *flags)
+
+
+def many(folder: Path, tokenizer: Path, task: Path, url: str, count: int) -> Job:
+    episodes = [Played(task_folder=str(task), rollout=number) for number in range(1, count + 1)]
+    made = job(folder, tokenizer, task, url, configured())
+    return made.model_copy(
+        update={"episodes": episodes, "freeze_folder": str(folder / "frozen"), "max_episodes": count}
+    )
+
+
+def go_on(made: Job, folder: Path, frozen: Sequence[Path | None], name: str = "second") -> list[FinishedEpisode]:
+    """Play the job's episodes from their states, in a process of their own."""
+    episodes = [
+        played.model_copy(update={"frozen": None if path is None else str(path)})
+        for played, path in zip(made.episodes, frozen, strict=True)
+    ]
+    again = made.model_copy(update={"name": name, "episodes": episodes})
+    return collect([again], workers=1, output_folder=folder / name)
+
+
+def seconds_left(text: str) -> int:
+    minutes, seconds = LEFT.findall(text)[-1]
+    return int(minutes or 0) * 60 + int(seconds)
+
+
+def newest(made: Job) -> list[Path | None]:
+    assert made.freeze_folder is not None
+    return [newest_frozen(Path(made.freeze_folder) / f"t10.{played.rollout}") for played in made.episodes]
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_each_episode_goes_on_where_it_was(
+    tmp_path: Path, tasks: Path, tokenizer: Path, count: int
+) -> None:
+    chance = random.Random(count)
+    renderer = GlmRenderer(load_tokenizer(tokenizer))
+    with endpoint(script) as served:
+        made = many(tmp_path, tokenizer, tasks / "t10", served.url, count)
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "megatron_klong.agent.worker"],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        assert worker.stdin is not None
+        worker.stdin.write(made.model_dump_json().encode())
+        worker.stdin.close()
+        deadline = time.monotonic() + 240
+        while sum(path is not None for path in newest(made)) < count // 2:
+            assert worker.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(chance.random() * 3)
+        worker.kill()
+        worker.wait()
+        states = [None if path is None else read_frozen(path) for path in newest(made)]
+        assert len({0 if state is None else state.turns for state in states}) >= 2  # cut at different turns
+        finished = go_on(made, tmp_path, newest(made))
+    records = {read_episode(Path(one.record)).epoch: read_episode(Path(one.record)) for one in finished}
+    for played, state in zip(made.episodes, states, strict=True):
+        check_gone_on(records[played.rollout], state, renderer)
+
+
+def check_gone_on(record: EpisodeRecord, state: FrozenEpisode | None, renderer: GlmRenderer) -> None:
+    assert (record.ending, len(record.turns)) == ("turn_limit", TURNS)
+    assert replay(record, renderer).agrees
+    said = results(record)
+    assert said[-1].startswith(" ".join(map(str, range(1, TURNS))) + f" /tmp/only-{TURNS - 1}\n{TURNS - 1}\n")
+    if state is None:
+        return
+    before = [message["content"] for message in state.messages if message["role"] == "tool"]
+    assert len(before) == state.turns
+    assert said[: len(before)] == before
+    # time: what was left in the last result before, less what was used since
+    counted = state.total_seconds - state.given_back_seconds
+    assert abs(600 - counted - seconds_left(before[-1])) < 2
+    turn = record.turns[state.turns]
+    spent = turn.model_seconds + turn.tool_seconds
+    lost = seconds_left(before[-1]) - seconds_left(said[state.turns])
+    assert spent - 1.5 <= lost <= spent + 2.5
+
+
+def test_asked_to_freeze_it_ends_its_jobs_and_tells_the_agent_later(
+    tmp_path: Path, tasks: Path, tokenizer: Path
+) -> None:
+    made: Job
+
+    def script(number: int, messages: list[dict[str, Any]]) -> Reply:
+        if number == 0:
+            return call("background", cmd="while sleep 0.1; do date >> ticks.txt; done")
+        if number == 2:
+            request_freeze(Path(made.freeze_folder or ""))
+        return call("bash", cmd=f"sleep 0.3; wc -l < ticks.txt; echo {number}")
+
+    tools = ("--tools", '["bash", "background", "submit"]', "--freeze_every_turns", "0")
+    with endpoint(script) as served:
+        config = configured(*tools, turns=6)
+        made = job(tmp_path, tokenizer, tasks / "t10", served.url, config)
+        made = made.model_copy(update={"freeze_folder": str(tmp_path / "frozen")})
+        (suspended,) = collect([made], workers=1, output_folder=tmp_path / "first")
+        record = read_episode(Path(suspended.record))
+        assert (record.ending, record.score, len(record.turns)) == ("suspended", None, 3)
+        (state,) = newest(made)
+        assert state is not None
+        assert read_frozen(state).ended_jobs == ["while sleep 0.1; do date >> ticks.txt; done"]
+        (Path(made.freeze_folder or "") / REQUEST).unlink()
+        (finished,) = go_on(made, tmp_path, [state])
+    record = read_episode(Path(finished.record))
+    assert (record.ending, record.score, len(record.turns)) == ("turn_limit", 0.0, 6)
+    told = results(record)[3]
+    assert "these background commands were ended: 'while sleep 0.1; do date >> ticks.txt; done']" in told
+    ticks = [int(text.split()[0]) for text in results(record)[1:]]
+    assert ticks[0] < ticks[1]
+    assert ticks[2] == ticks[3] == ticks[4]  # ended
+    assert "ended" not in results(record)[4]
+
+
+def test_ids_and_log_probabilities_go_along_and_other_weights_go_on(
+    tmp_path: Path, tasks: Path, tokenizer: Path
+) -> None:
+    loaded = load_tokenizer(tokenizer)
+
+    def reply(tail: str) -> str:
+        return written_call("bash", cmd=step(last_number(r"step (\d+) done", tail) + 1))
+
+    first, second = policy(loaded, reply), policy(loaded, reply)
+    second.policy_epoch = 7
+    with serving(first, tokenizer=loaded, max_sequence_length=4096) as url:
+        config = configured(turns=3)
+        made = job(tmp_path, tokenizer, tasks / "t10", url, config, model="klong/policy")
+        made = made.model_copy(update={"freeze_folder": str(tmp_path / "frozen")})
+        collect([made], workers=1, output_folder=tmp_path / "first")
+    (state,) = newest(made)
+    assert state is not None
+    assert read_frozen(state).turns == 2  # the third turn reached the limit, where nothing is frozen
+    with serving(second, tokenizer=loaded, max_sequence_length=4096) as url:
+        longer = made.model_copy(update={"base_url": url, "settings": configured(turns=6)})
+        (finished,) = go_on(longer, tmp_path, [state])
+    record = read_episode(Path(finished.record))
+    assert len(record.turns) == 6
+    assert replay(record, GlmRenderer(loaded)).agrees
+    sampled = read_turns(sampled_file(Path(finished.record)))
+    assert [turn.policy_epoch for turn in sampled] == [((0, 0),)] * 2 + [((0, 7),)] * 4
+    assert all(len(turn.ids) == len(turn.log_probs) > 0 for turn in sampled)
+    turns = [message for message in record.messages if message.role is Role.ASSISTANT]
+    assert [turn.sampled.body for turn in turns if turn.sampled] == [list(turn.body) for turn in sampled]
+
+
+def test_a_state_that_would_be_rendered_otherwise_or_is_damaged_is_refused(
+    tmp_path: Path, tasks: Path, tokenizer: Path
+) -> None:
+    with endpoint(script) as served:
+        made = many(tmp_path, tokenizer, tasks / "t10", served.url, 1)
+        short = made.model_copy(update={"settings": configured(turns=9)})
+        collect([short], workers=1, output_folder=tmp_path / "first")
+        (state,) = newest(made)
+        assert state is not None
+        other = short.model_copy(update={"settings": configured("--context.max_tokens", "1700", turns=12)})
+        (finished,) = go_on(other, tmp_path, [state], name="otherwise")
+        record = read_episode(Path(finished.record))
+        assert record.ending == "agent_failed"
+        assert "its prompts are made otherwise here" in (record.error or "")
+        archive = next(state.parent.glob("*-home.tar.zst"))
+        archive.write_bytes(archive.read_bytes()[:-20])
+        (finished,) = go_on(short, tmp_path, [state], name="damaged")
+        record = read_episode(Path(finished.record))
+        assert record.ending == "agent_failed"
+        assert f"{archive}: damaged" in (record.error or "")
+    state.write_text("{")
+    with pytest.raises(FrozenError, match="not JSON"):
+        read_frozen(state)
