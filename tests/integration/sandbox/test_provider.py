@@ -30,9 +30,9 @@ from inspect_ai.util import (
 from inspect_ai.util._sandbox import self_check
 
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
+from megatron_klong.sandbox.config import BubblewrapConfig
 from megatron_klong.sandbox.directories import runner_directory
 from megatron_klong.sandbox.limits import MIB
-from megatron_klong.sandbox.config import BubblewrapConfig
 from megatron_klong.sandbox.provider import BubblewrapSandbox
 from tests.conftest import REPOSITORY
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
+from megatron_klong.sandbox.cgroups import remove_tree
 from tests.conftest import REPOSITORY
 from tests.unit.sandbox.machine import alive
 
@@ -38,4 +39,7 @@ def temporary() -> Iterator[dict[str, str]]:
     directory = tempfile.mkdtemp(prefix="klong-test-", dir="/tmp")
     Path(directory).chmod(0o711)
     yield {**os.environ, "TMPDIR": directory, "PYTHONPATH": str(REPOSITORY)}
+    for noted in Path(directory).glob("klong-sandboxes-*/*/cgroups"):  # of a runner that was killed
+        for group in noted.read_text().splitlines():
+            remove_tree(Path(group))
     shutil.rmtree(directory)
