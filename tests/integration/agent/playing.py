@@ -74,7 +74,7 @@ def policy(tokenizer: Tokenizer, reply: Callable[[str], str]) -> Scripted:
     """A policy of our own that writes `reply(its prompt's end, as text)` and stops."""
 
     def ids(request: CompletionRequest) -> list[int]:
-        tail = request.prompt_token_ids[-4000:]
+        tail = request.prompt_token_ids[-8000:]
         return written(tokenizer, reply(tokenizer.decode(tail)) + "<|observation|>")
 
     return Scripted(ids, tokenizer=tokenizer, vocabulary_size=tokenizer.vocabulary_size)

@@ -31,11 +31,11 @@ def real_task(shared_data: Path, folder: Path) -> Path:
 
 
 def reply(tail: str) -> str:
-    """Read the paper to its end, then work, then submit, by what the newest results say."""
-    if "[paper read]" not in tail and "step 1 done" not in tail and "step" not in tail.rpartition("<|observation|>")[2]:
-        line = last_number(r"Showing lines \d+ to (\d+)", tail) + 1
-        return "\n<think>on</think>" + call("read_file_chunk", file="/home/paper/paper.md", start_line=str(line))
-    done = last_number(r"step (\d+) done", tail)
+    """Read the paper to its end, then work, then submit, by what the newest result says."""
+    newest = tail.rpartition("<|observation|>")[2] if "<|observation|>" in tail else ""
+    shown, done = last_number(r"Showing lines \d+ to (\d+)\.", newest), last_number(r"step (\d+) done", newest)
+    if not done and "[paper read]" not in newest:
+        return "\n<think>on</think>" + call("read_file_chunk", file="/home/paper/paper.md", start_line=str(shown + 1))
     if done >= WORK_TURNS:
         return call("submit", end_message="done")
     command = f"echo $(({done} * {done})) >> results.txt; env | md5sum; seq {done} $(({done} + 20)) | tr '\\n' ' '"
