@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,22 @@ def find(runner: str, *, proc: Path = Path("/proc/self")) -> Cgroups:
     for reason in reasons:
         logger.info("sandboxes are not limited as a whole in %s", reason)
     v2 = frozenset(controller for controller, parent in parents.items() if _is_v2(parent))
-    return Cgroups(parents=parents, v2=v2)
+    found = Cgroups(parents=parents, v2=v2)
+    _try_out(found)
+    return found
+
+
+def _try_out(cgroups: Cgroups) -> None:
+    """Have a process join a group: on v2 that takes more than the right to make one. CgroupsUnavailable."""
+    group = cgroups.make("probe", SandboxLimits())
+    tried = subprocess.run(
+        [*group.join, b"/bin/true"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if tried.returncode != 0:
+        cgroups.remove()
+        raise CgroupsUnavailable(f"groups can be made but not joined: {tried.stderr.strip()}")
+    while not group.remove():  # the process is reaped, but the kernel may be at it still
+        time.sleep(0.001)
 
 
 def planned(runner: str, *, proc: Path = Path("/proc/self")) -> list[Path]:
@@ -153,7 +169,7 @@ def planned(runner: str, *, proc: Path = Path("/proc/self")) -> list[Path]:
 
 
 def remove_tree(parent: Path) -> bool:
-    """Kill what is in a runner's group and its sandboxes', and remove them; whether they are gone."""
+    """Kill what is in a group, a runner's with its sandboxes' or a sandbox's, and remove it; whether it is gone."""
     deadline = time.monotonic() + REMOVE_SECONDS
     while True:
         try:
@@ -162,7 +178,7 @@ def remove_tree(parent: Path) -> bool:
             return True
         if _all_removed([*groups, parent]):
             return True
-        for group in groups:
+        for group in [*groups, parent]:
             with contextlib.suppress(FileNotFoundError):
                 _kill(group)
         if time.monotonic() > deadline:

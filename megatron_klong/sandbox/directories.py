@@ -235,7 +235,11 @@ def _make_groups(runner: Path) -> Cgroups | None:
     try:
         return cgroups.find(runner.name)
     except cgroups.CgroupsUnavailable as error:
-        logger.info("no control groups, so limits hold for single processes only: %s", error)
+        logger.info(
+            "no control groups, so limits hold for single processes only (run the program under `systemd-run --user "
+            "--scope -p Delegate=yes`, or in a container whose /sys/fs/cgroup it may write): %s",
+            error,
+        )
         return None
 
 

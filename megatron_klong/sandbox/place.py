@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_klong.sandbox.cgroups import Group
+from megatron_klong.sandbox.cgroups import Group, remove_tree
 from megatron_klong.sandbox.directories import (
     REMOVE_SECONDS,
     make_sandbox_directory,
@@ -48,9 +48,12 @@ class Place:
         removed = remove_if_small(self.directory) or await _remove_directory(self.directory)
         return (self.group is None or await _remove_group(self.group)) and removed
 
-    def remove_files(self) -> None:
-        """Without an event loop. The control groups are removed with the runner's."""
+    def remove_now(self) -> None:
+        """The same without an event loop."""
         remove(self.directory)
+        if self.group is not None:
+            for directory in self.group.directories.values():
+                remove_tree(directory)
 
 
 async def make_place(label: str, limits: SandboxLimits) -> Place:

@@ -69,6 +69,7 @@ class Sandbox:
         self._outcomes = Outcomes(
             sandbox=place.directory.name, program=backend.program, limits=limits, group=place.group, disk=self._disk
         )
+        self._loop = asyncio.get_running_loop()
         self._watch: asyncio.Task[None] | None = None
         self._running: set[Child] = set()
         self._background: dict[str, BackgroundCommand] = {}
@@ -128,12 +129,12 @@ class Sandbox:
         `env` as for `run`. A program that is not found is a background command that has ended with 127. Raises
         TooManyCommands, OSError for the file or the directory, SandboxUnavailable.
         """
+        output = posixpath.join(HOME, output_path)
+        first, kills = await self._prepared(output_to_file=True), self._outcomes.memory_kills()
         if sum(other.running for other in self.background) >= self._limits.background_commands:
             raise TooManyCommands(
                 f"{self._limits.background_commands} background commands run already; stop one of them first"
             )
-        output = posixpath.join(HOME, output_path)
-        first, kills = await self._prepared(output_to_file=True), self._outcomes.memory_kills()
         child = self._start([*first, inside(cwd), output, *_checked_command(command)], env=env, stderr_bytes=MIB)
         self._started += 1
         background = BackgroundCommand(
@@ -154,11 +155,13 @@ class Sandbox:
             del self._background[background.id]
             background.abort()
             raise
-        if background.error is not None:
-            raise background.error
-        if background.result is not None and background.result.stderr != STARTED:
+        result: CommandResult | None = background.result
+        error: Exception | None = background.error
+        if error is None and result is not None and result.stderr != STARTED:
+            error = transfer.os_error(result, output)
+        if error is not None:
             del self._background[background.id]
-            raise transfer.os_error(background.result, output)
+            raise error
         return background
 
     def login(self) -> str:
@@ -190,8 +193,12 @@ class Sandbox:
 
     async def close(self) -> None:
         """Kill what runs and remove the files, even while this task is being cancelled. May be called again."""
+        if self._loop.is_closed():  # the one it was made in: no task of it will ever go on
+            self._destroy()
+            _open.discard(self)
+            return
         if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._close())
+            self._closing = self._loop.create_task(self._close())
         await outlast_cancellation(self._closing, timeout_seconds=None)
         if not self._closing.cancelled():
             self._closing.result()
@@ -264,11 +271,11 @@ class Sandbox:
                 )
             except OSError as error:
                 if error.errno == errno.E2BIG:
-                    raise _TooLong from error
+                    raise _TooLong(errno.E2BIG, os.strerror(errno.E2BIG)) from error
                 raise SandboxUnavailable(f"cannot start {self._backend.program}: {error}") from error
         self._running.add(child)
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.get_running_loop().create_task(self._watch_disk())
+            self._watch = self._loop.create_task(self._watch_disk())
         return child
 
     async def _prepared(self, *, output_to_file: bool) -> list[str]:
@@ -329,10 +336,10 @@ class Sandbox:
         """Without an event loop."""
         for child in self._running:
             child.destroy()
-        self._place.remove_files()
+        self._place.remove_now()
 
 
-class _TooLong(Exception):
+class _TooLong(OSError):
     """Arguments and environment are more than the kernel passes on."""
 
 

@@ -520,10 +520,13 @@ async def begin():
 loop = asyncio.new_event_loop()
 kept = loop.run_until_complete(begin())
 loop.close()
-if len(sys.argv) > 1:
+if sys.argv[1:] == ["drop"]:
     del kept
+if sys.argv[1:] == ["close"]:
+    asyncio.run(kept[0].close())
+    assert not kept[0]._place.directory.exists()
 """
-    for arguments in ([], ["drop"]):
+    for arguments in ([], ["drop"], ["close"]):
         ended = subprocess.run(
             [sys.executable, "-c", program, *arguments], env=temporary, capture_output=True, text=True, check=False
         )

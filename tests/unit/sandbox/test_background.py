@@ -62,6 +62,8 @@ def test_what_cannot_be_started_is_an_error_and_leaves_nothing() -> None:
                 await box.start(["sleep", "60"], output_path=path, cwd=cwd)
         with pytest.raises(ValueError, match="empty"):
             await box.start([], output_path="x")
+        with pytest.raises(OSError, match="too long"):
+            await box.start(["echo", "x" * 200_000], output_path="x")
         with pytest.raises(ValueError, match="NUL"):
             await box.start(["a\0"], output_path="x")
         assert box.background == ()
