@@ -29,6 +29,10 @@ def lighten(model: GPTModel) -> None:
     if torch.cuda.is_available():
         return
     model.decoder.forward = partial(_decoder, model.decoder)
+    for layer in model.decoder.layers:
+        if isinstance(layer.mlp, MoELayer):
+            for part in (layer.mlp.experts.linear_fc1, layer.mlp.experts.linear_fc2):
+                _stacked(part)
     if model.post_process and model.output_layer.tp_group.size() == 1:
         model.output_layer.forward = partial(_output, model.output_layer)
 

@@ -22,11 +22,12 @@ from pathlib import Path
 import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
+from megatron.core.models.gpt import GPTModel
 from torch import distributed
 
 from megatron_klong.config import ConfigError
 from megatron_klong.model.build import build_model
-from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.model.parallel import check_initialized, destroy, initialize
 from megatron_klong.serve import cpu, cpu_layers, refit
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.flight import Flight, RefitAsked
@@ -36,6 +37,7 @@ from megatron_klong.serve.protocol import (
     Completion,
     CompletionRequest,
     EngineStopped,
+    InFlight,
     RefitRefused,
     RefitReply,
     RefitRequest,
@@ -50,7 +52,15 @@ _MEASURE_SECONDS = 1.0
 class MegatronEngine:
     """A policy that can be sampled from. `start` loads it, `stop` ends it for good."""
 
-    def __init__(self, config: ServeConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, config: ServeConfig, tokenizer: Tokenizer | None = None, *, trained: GPTModel | None = None
+    ) -> None:
+        """trained: what this process holds of a model that is trained beside, in the same process groups.
+
+        Those are there already then, and stay. Trainer and engine take turns, as both use them: nothing is trained
+        while something is sampled. On other ranks than 0, `follow` runs in a thread beside the trainer's.
+        """
+        self._trained = trained
         self._config = config
         self._tokenizer = tokenizer
         self.model_config = refit.model_config(Path(config.weights))
@@ -60,6 +70,7 @@ class MegatronEngine:
         self.loads: Sequence[Load] = []
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
+        self._lockstep: Lockstep | None = None
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -96,13 +107,14 @@ class MegatronEngine:
         """On another rank than 0, in place of all else: take part until rank 0 stops."""
 
         async def follow() -> None:
-            await self._load().follow()
+            self._lockstep = self._load()
+            await self._lockstep.follow()
 
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(follow())
         finally:
-            destroy()
+            self._leave()
 
     async def generate(self, request: CompletionRequest) -> Completion:
         """Sample one reply. Raises EngineStopped, DeadlinePassed."""
@@ -118,8 +130,21 @@ class MegatronEngine:
 
     async def refit(self, request: RefitRequest) -> RefitReply:
         """Replace the weights between two steps. Raises RefitRefused (the old ones are served on), EngineStopped."""
+        return await self._refit(request.weights, request.policy_epoch, request.in_flight)
+
+    async def refit_from_trained(
+        self, *, policy_epoch: int | None = None, in_flight: InFlight = "continue"
+    ) -> RefitReply:
+        """`refit` with the weights that the model trained beside has now, on all ranks; none of them is on a disk."""
+        if self._trained is None:
+            raise RefitRefused(f"policy {self.policy_epoch} is served on: no model is trained beside this engine")
+        return await self._refit(None, policy_epoch, in_flight)
+
+    async def _refit(self, weights: str | None, policy_epoch: int | None, in_flight: InFlight) -> RefitReply:
         loop = asyncio.get_running_loop()
-        asked = RefitAsked(request=request, done=loop.create_future(), loop=loop)
+        asked = RefitAsked(
+            weights=weights, policy_epoch=policy_epoch, in_flight=in_flight, done=loop.create_future(), loop=loop
+        )
         self._tell(self._refits.append, asked)
         return await asked.done
 
@@ -178,7 +203,7 @@ class MegatronEngine:
                 flight.give(self._stopped())
             for asked in self._refits:
                 asked.settle(self._stopped())
-            destroy()
+            self._leave()
             self._ready.set()
             if self.failure is not None and self.on_failure is not None:
                 self.on_failure()
@@ -190,7 +215,12 @@ class MegatronEngine:
         layout = config.layout
         if layout.context_parallel > 1 or layout.virtual_pipeline_parallel > 1:
             raise ConfigError("layout: context_parallel and virtual_pipeline_parallel are for training; leave them out")
-        initialize(layout, seed=config.seed)
+        if self._trained is None:
+            initialize(layout, seed=config.seed)
+        else:
+            check_initialized(layout)
+            if config.routes and self._trained.config.moe_enable_routing_replay:
+                raise ConfigError("routes: recorded of one model in a process; build the trained one without them")
         model = build_model(
             self.model_config, layout, precision=config.precision, initialize_weights=False, routes=config.routes
         )
@@ -198,10 +228,17 @@ class MegatronEngine:
         # the other way for experts needs memory that several GPUs share
         model.config.inference_moe_token_dispatcher_type = "nccl"
         cpu_layers.lighten(model)
-        return Lockstep(Replica(model.eval(), self.model_config, config))
+        return Lockstep(Replica(model.eval(), self.model_config, config), self._trained)
+
+    def _leave(self) -> None:
+        refit.forget()
+        if self._trained is None:
+            destroy()
+        elif self._lockstep is not None:
+            self._lockstep.leave()
 
     async def _lead(self) -> None:
-        lockstep = self._load()
+        lockstep = self._lockstep = self._load()
         if distributed.get_rank() != 0:
             raise ConfigError("rank 0 leads; the others follow()")
         self._ready.set()
@@ -209,7 +246,7 @@ class MegatronEngine:
         while not self._stopping:
             round_ = self._next(lockstep.replicas)
             outcome = await lockstep.lead(round_)
-            if round_.weights is not None:
+            if round_.refits:
                 self._refitted(round_, outcome)
             self._spread(outcome)
             self._unfinished = outcome.unfinished
@@ -231,17 +268,19 @@ class MegatronEngine:
         """What everybody does next, from what callers asked since."""
         end = [flight.number for flight in self._ended()]
         self._refuse_older()
-        refit_now = self._refits[0].request if self._refits else None
+        refit_now = self._refits[0] if self._refits else None
         if refit_now is not None and refit_now.in_flight == "finish" and self._flights:
             refit_now = None  # until they have, nothing new is taken up
         arrivals = [] if self._refits else [self._taken_up(flight, replicas) for flight in self._arrived]
         if arrivals:
             self._arrived.clear()
         now = time.monotonic()
-        measure = now - self._measured >= _MEASURE_SECONDS or not self._flights
+        # what has ended is counted at once, so that one sees how soon it gives up its place
+        measure = now - self._measured >= _MEASURE_SECONDS or bool(end) or not self._flights
         self._measured = now if measure else self._measured
         return Round(
             weights=refit_now.weights if refit_now else None,
+            trained=refit_now is not None and refit_now.weights is None,
             policy_epoch=self._epoch_of(refit_now) if refit_now else 0,
             end=end,
             add=arrivals,
@@ -250,13 +289,13 @@ class MegatronEngine:
         )
 
     def _refuse_older(self) -> None:
-        while self._refits and (wanted := self._epoch_of(self._refits[0].request)) <= self.policy_epoch:
+        while self._refits and (wanted := self._epoch_of(self._refits[0])) <= self.policy_epoch:
             fault = (
                 f"policy_epoch {wanted} is not above {self.policy_epoch}, which is served; count on, or leave it out"
             )
             self._refits.popleft().settle(RefitRefused(fault))
 
-    def _epoch_of(self, asked: RefitRequest) -> int:
+    def _epoch_of(self, asked: RefitAsked) -> int:
         return self.policy_epoch + 1 if asked.policy_epoch is None else asked.policy_epoch
 
     def _ended(self) -> list[Flight]:

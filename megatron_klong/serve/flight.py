@@ -10,9 +10,9 @@ from megatron_klong.serve.protocol import (
     CompletionRequest,
     DeadlinePassed,
     FinishReason,
+    InFlight,
     ProtocolError,
     RefitReply,
-    RefitRequest,
     ReplyError,
     validated,
 )
@@ -76,9 +76,11 @@ class Flight:
 
 @dataclass(kw_only=True, eq=False)
 class RefitAsked:
-    """New weights that somebody waits for."""
+    """New weights that somebody waits for. weights: their folder; None: those of the model trained beside."""
 
-    request: RefitRequest
+    weights: str | None
+    policy_epoch: int | None
+    in_flight: InFlight
     done: "asyncio.Future[RefitReply]"
     loop: asyncio.AbstractEventLoop
 

@@ -18,6 +18,7 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from torch import distributed
 
 from megatron_klong.serve import refit
@@ -42,15 +43,23 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """What is done next: first new weights, then requests are ended and taken up, then a step."""
+    """What is done next: first new weights, then requests are ended and taken up, then a step.
+
+    weights: the folder of new ones.  trained: they are those of the model trained beside.
+    """
 
     weights: str | None = None
+    trained: bool = False
     policy_epoch: int = 0
     end: Sequence[int] = ()
     add: Sequence[Arrival] = ()
     step: bool = False
     measure: bool = False
     stop: bool = False
+
+    @property
+    def refits(self) -> bool:
+        return self.trained or self.weights is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +88,10 @@ class _Part:
 class Lockstep:
     """This process's place in the rounds; made on all processes at once."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, trained: GPTModel | None = None) -> None:
+        """trained: what this process holds of the model trained beside, if there is one."""
         self._replica = replica
+        self._trained = trained
         self._alone = distributed.get_world_size() == 1
         self.replicas = parallel_state.get_data_parallel_world_size()
         self._number = parallel_state.get_data_parallel_rank()
@@ -114,18 +125,15 @@ class Lockstep:
         assert box[0] is not None
         return box[0]
 
+    def leave(self) -> None:
+        """Give up the groups made here, where those of the model stay."""
+        for group in (self._heads, self._everybody):
+            distributed.destroy_process_group(group)
+
     async def _do(self, said: Round) -> Outcome:
         replica = self._replica
         started = time.monotonic()
-        fault = None
-        if said.weights is not None:
-            try:
-                refit.replace_from_folder(
-                    replica.model, replica.model_config, Path(said.weights), group=self._everybody
-                )
-                replica.weights_replaced(said.policy_epoch)
-            except refit.RefitError as error:
-                fault = str(error)
+        fault = self._refit(said) if said.refits else None
         seconds = time.monotonic() - started
         replica.end(said.end)
         for arrival in said.add:
@@ -145,6 +153,21 @@ class Lockstep:
             fault=fault,
             seconds=seconds,
         )
+
+    def _refit(self, said: Round) -> str | None:
+        """Why the weights were not replaced."""
+        replica = self._replica
+        try:
+            if said.weights is None:
+                refit.replace_from_model(replica.model, self._trained, group=self._everybody)
+            else:
+                refit.replace_from_folder(
+                    replica.model, replica.model_config, Path(said.weights), group=self._everybody
+                )
+        except refit.RefitError as error:
+            return str(error)
+        replica.weights_replaced(said.policy_epoch)
+        return None
 
     def _gathered(self, own: "_Part") -> "list[_Part]":
         """Of all replicas on rank 0; elsewhere nothing."""

@@ -20,6 +20,7 @@ METRICS = "/metrics"
 _LONGEST_STOP = 1000  # characters; the end of a reply that is searched at every token grows with it
 
 type FinishReason = Literal["stop", "length", "deadline"]
+type InFlight = Literal["continue", "finish"]
 
 
 class ProtocolError(ValueError):
@@ -149,7 +150,7 @@ class RefitRequest(WireMessage):
     """A folder that every process of the server can read, in Hugging Face format or a checkpoint of ours."""
     policy_epoch: int | None = None
     """What the policy is called from then on; above what it was. None: one more."""
-    in_flight: Literal["continue", "finish"] = "continue"
+    in_flight: InFlight = "continue"
     """Whether requests in flight go on under the new weights, their context read anew, or are waited for."""
 
 

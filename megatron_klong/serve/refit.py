@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.resharding.refit import swap_model_weights
+from megatron.core.resharding.refit import clear_all_caches, swap_model_weights
 from torch import distributed
 
 from megatron_klong.config import ConfigError
@@ -21,6 +21,12 @@ from megatron_klong.model.checkpoint_folder import MANIFEST, CheckpointError, re
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.hugging_face import WeightsError, load_hugging_face
 from megatron_klong.model.load_megatron import load_megatron
+
+_SHAPE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("num_moe_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+    *("add_qkv_bias", "qk_layernorm", "params_dtype"),
+)
 
 
 class RefitError(RuntimeError):
@@ -56,8 +62,26 @@ def replace_from_model(model: GPTModel, source: GPTModel | None, *, group: Any) 
 
     All processes call this; source: the part this process holds, if it holds one. Raises RefitError on each of them.
     """
+    # found out before anything is sent, or one process would wait for what another one never sends
+    differences = [] if source is None else [name for name in _SHAPE if _differ(source.config, model.config, name)]
+    fault = f"weights of another model than the one served ({', '.join(differences)})" if differences else None
+    if faults := [found for found in _of_all(fault, group) if found is not None]:
+        raise RefitError(faults[0])
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    _all_or_nothing(model, lambda: swap_model_weights(source, model, backend), group)
+    try:
+        _all_or_nothing(model, lambda: swap_model_weights(source, model, backend), group)
+    except RefitError:
+        forget()
+        raise
+
+
+def forget() -> None:
+    """What Megatron keeps from one exchange of weights to the next: half an exchange, or groups that are no more."""
+    clear_all_caches()
+
+
+def _differ(one: Any, other: Any, name: str) -> bool:
+    return bool(getattr(one, name) != getattr(other, name))
 
 
 @torch.no_grad()
@@ -66,13 +90,14 @@ def _all_or_nothing(model: GPTModel, replace: Callable[[], None], group: Any) ->
     held = [tensor.detach().to("cpu", copy=True) for tensor in state]
     fault: str | None = None
     try:
-        replace()
+        replace()  # may put other buffers in the place of those of before
+        state = [*model.parameters(), *model.buffers()]
         if not all(bool(tensor.isfinite().all()) for tensor in state if tensor.is_floating_point()):
             fault = "the weights hold numbers that are not finite"
     except (WeightsError, CheckpointError, ConfigError, OSError, RuntimeError, ValueError, AssertionError) as error:
         fault = f"{type(error).__name__}: {error}"
     if faults := [found for found in _of_all(fault, group) if found is not None]:
-        for tensor, before in zip(state, held, strict=True):
+        for tensor, before in zip((*model.parameters(), *model.buffers()), held, strict=True):
             tensor.copy_(before)
         raise RefitError(faults[0])
 

@@ -23,6 +23,7 @@ from megatron.core.inference.inference_request import Status
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 
 from megatron_klong.model.config import ModelConfig
@@ -87,14 +88,16 @@ class Replica:
 
     async def step(self) -> list[Progress]:
         """One forward pass: a token for each running request, and parts of prompts."""
-        done = await self._engine.async_step()
+        with InferenceMode.active():
+            done = await self._engine.async_step()
         finished = {record.request_id: record for record in done["finished_request_records"]}
         moved = [*done["active_request_ids"], *finished]
         return [part for number in moved if (part := self._progress(number, finished.get(number))) is not None]
 
     def idle_step(self) -> None:
         """Take part in the exchange of experts while only other replicas have work."""
-        self._engine.controller.dummy_forward()
+        with InferenceMode.active():
+            self._engine.controller.dummy_forward()
 
     def load(self) -> Load:
         """Counted now."""
@@ -210,6 +213,7 @@ def _engine(model: GPTModel, config: ServeConfig) -> Any:
     context = DynamicInferenceContext(model.config, settings)
     controller = TextGenerationController(GPTInferenceWrapper(model, context), _Ids())
     engine = DynamicInferenceEngine(controller, context)
+    InferenceMode.unset_active()  # of the whole process: a model that is trained beside must not take it for its own
     config.check_cache((context.kv_block_allocator.total_count - 1) * config.block_tokens)  # a block is set aside
     return engine
 

@@ -1,6 +1,7 @@
 """Tiny random weights, far from uniform so that an error would show, and transformers' model of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from megatron_klong.trajectory.tokenizer_training import train_tokenizer
 from tests.integration.serve.served import VOCABULARY
 
 
-def random_weights(folder: Path, *, seed: int) -> Path:
-    """As transformers saves them."""
+def random_weights(folder: Path, *, seed: int, **changes: Any) -> Path:
+    """As transformers saves them; changes: of the tiny model's fields."""
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    fields = {name: value for name, value in tiny(VOCABULARY).to_hugging_face().items() if name != "model_type"}
+    fields = {
+        name: value
+        for name, value in tiny(VOCABULARY).model_copy(update=changes).to_hugging_face().items()
+        if name != "model_type"
+    }
     torch.manual_seed(seed)
     model = Glm4MoeForCausalLM(Glm4MoeConfig(**fields))
     for name, parameter in model.named_parameters():

@@ -1,6 +1,11 @@
-"""A script for two processes at TP2: what one of them fails at changes no weights on either; resharding changes all."""
+"""A script for two processes at TP2: what one of them fails at changes no weights on either; resharding changes all.
 
+And it does so under an engine that runs beside the model whose weights it takes.
+"""
+
+import asyncio
 import sys
+import threading
 from pathlib import Path
 
 import megatron_klong.model.megatron_ready  # noqa: F401
@@ -15,6 +20,9 @@ from megatron_klong.model.config import LayoutConfig, ModelConfig
 from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.serve import refit
+from megatron_klong.serve.config import ServeConfig
+from megatron_klong.serve.engine import MegatronEngine
+from megatron_klong.serve.protocol import CompletionRequest, RefitRequest
 
 
 def main(weights: str, other: str) -> None:
@@ -46,7 +54,38 @@ def main(weights: str, other: str) -> None:
     assert not torch.equal(after[0], before[0])
     refit.replace_from_folder(served, config, Path(weights), group=group)
     assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
+    beside(source, weights, other, layout)
+    assert all(torch.equal(now, then) for now, then in zip(state(source), after, strict=True))
     destroy()
+
+
+def beside(source: GPTModel, weights: str, other: str, layout: LayoutConfig) -> None:
+    settings = ServeConfig(
+        weights=weights, layout=layout, block_tokens=16, kv_cache_gib=0.01, max_sequence_length=128, max_requests=4
+    )
+    engine = MegatronEngine(settings, trained=source)
+    if distributed.get_rank():
+        following = threading.Thread(target=engine.follow)
+        following.start()
+        following.join()
+        return
+    engine.start()
+    request = CompletionRequest(prompt_token_ids=tuple(range(40)), max_tokens=20, temperature=0.0)
+
+    async def play() -> list[tuple[int, ...]]:
+        replies = [await engine.generate(request)]
+        await engine.refit_from_trained()
+        replies.append(await engine.generate(request))
+        assert replies[-1].cached_tokens == 0
+        for folder in (other, weights):
+            await engine.refit(RefitRequest(weights=folder))
+            replies.append(await engine.generate(request))
+        assert [reply.policy_epoch for reply in replies] == [((0, epoch),) for epoch in range(4)]
+        return [reply.generation_token_ids for reply in replies]
+
+    first, taken, read, again = asyncio.run(play())
+    assert taken == read != first == again
+    engine.stop()
 
 
 def state(model: GPTModel) -> list[torch.Tensor]:
