@@ -26,6 +26,8 @@ setup(
         "jinja2>=3.1",
         "inspect-ai>=0.3.280,<0.4",
         "openai>=3.4",
+        "mitmproxy>=12.3,<12.4",  # two of its private methods are wrapped (sandbox/egress/program.py)
+        "pyseccomp>=0.1.2",
         "anyio>=4.14",
         "httpx>=0.28",
         "starlette>=1.0",

@@ -215,7 +215,7 @@ def test_a_state_that_would_be_rendered_otherwise_or_is_damaged_is_refused(
         collect([short], workers=1, output_folder=tmp_path / "first")
         (state,) = newest(made)
         assert state is not None
-        other = short.model_copy(update={"settings": configured("--context.max_tokens", "1700", turns=12)})
+        other = short.model_copy(update={"settings": configured("--tools", '["bash", "submit"]', turns=12)})
         (finished,) = go_on(other, tmp_path, [state], name="otherwise")
         record = read_episode(Path(finished.record))
         assert record.ending == "agent_failed"
