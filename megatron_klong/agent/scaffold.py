@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageTool, ChatMessageUser, execute_tools
+from inspect_ai._util.error import PrerequisiteError  # no public name in inspect-ai 0.3
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageTool,
+    ChatMessageUser,
+    execute_tools,
+    get_model,
+)
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import SandboxUnavailableError, store, time_limit
 
@@ -26,6 +34,7 @@ from megatron_klong.agent.frozen import episode_folder, freeze_requested
 from megatron_klong.agent.messages import final_tool_message, to_message, with_tool_seconds
 from megatron_klong.agent.state import Episode, begin, freeze, hard_seconds_left, refused_requests
 from megatron_klong.agent.tools import shortened
+from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.tokenizer import load_tokenizer
@@ -41,18 +50,19 @@ _FAULTS: dict[type[Exception], Ending] = {
 
 
 @solver
-def klong_scaffold(config: EpisodeConfig, tokenizer: str, freeze_folder: str | None = None) -> Solver:
+def klong_scaffold(config: EpisodeConfig, tokenizer: str | None = None, freeze_folder: str | None = None) -> Solver:
     """Play one episode.
 
-    `tokenizer` is the file whose tokens the context policy counts. `freeze_folder` is where episodes are frozen
-    (agent/frozen.py); without it they cannot be.
+    `tokenizer` is the file whose tokens the context policy counts; a policy of our own has one. `freeze_folder` is
+    where episodes are frozen (agent/frozen.py); without it they cannot be.
     """
-    renderer = GlmRenderer(load_tokenizer(Path(tokenizer)))
+    given = None if tokenizer is None else GlmRenderer(load_tokenizer(Path(tokenizer)))
     folder = None if freeze_folder is None else Path(freeze_folder)
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         notes: dict[str, Any] = {"ending": None, "error": None}
         store().set(STORE_KEY, notes)
+        renderer = given or _renderer_of_model()
         frozen_in = None if folder is None else episode_folder(folder, str(state.sample_id))
         try:
             with time_limit(hard_seconds_left(config, state)):
@@ -67,6 +77,13 @@ def klong_scaffold(config: EpisodeConfig, tokenizer: str, freeze_folder: str | N
         return state
 
     return solve
+
+
+def _renderer_of_model() -> GlmRenderer:
+    api = get_model().api
+    if isinstance(api, KlongAPI):
+        return api.renderer
+    raise PrerequisiteError("no tokenizer: name the file whose tokens fill the window, with -T tokenizer=FILE")
 
 
 async def _play(episode: Episode, freeze_folder: Path | None, frozen_in: Path | None) -> Ending:

@@ -29,7 +29,7 @@ Call submit when the work is done."""
 @task
 def paper_replication(
     tasks: str,
-    tokenizer: str,
+    tokenizer: str | None = None,
     split: str | None = None,
     config: str | None = None,
     freeze_folder: str | None = None,
@@ -40,7 +40,7 @@ def paper_replication(
 
     Args:
         tasks: folder of task folders, or one of them
-        tokenizer: the file whose tokens the context policy counts
+        tokenizer: the file whose tokens the context policy counts; not needed for a model klong/...
         split: file with the ids to play
         config: TOML file of episode settings
         freeze_folder: where episodes are frozen, and gone on with if one is there already
@@ -63,7 +63,7 @@ def _newest(freeze_folder: str | None, sample_id: str) -> str | None:
 def episode_task(
     samples: list[Sample],
     settings: EpisodeConfig,
-    tokenizer: str,
+    tokenizer: str | None,
     name: str | None = None,
     *,
     freeze_folder: str | None = None,

@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -142,6 +143,8 @@ class Front:
             "vocab_size": self._engine.vocabulary_size,
             "policy_epoch": self._engine.policy_epoch,
             "exact_tokens": self._engine.exact_tokens,
+            # for clients on the same file system, which need no setting of their own then
+            "tokenizer": None if config.tokenizer is None else str(Path(config.tokenizer).resolve()),
         }
         return JSONResponse({"object": "list", "data": [entry]})
 

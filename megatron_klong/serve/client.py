@@ -135,6 +135,23 @@ class Client:
             raise ReplyError(f"{self.base_url}{path} answered with something that is not JSON") from None
 
 
+def served_tokenizer(base_url: str, token: str | None = None) -> str:
+    """The tokenizer file of a server, as it names it. Raises ServerError, ProtocolError."""
+    address = base_url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with httpx.Client(trust_env=False, headers=headers, timeout=10.0) as http:
+            response = http.get(f"{address}{MODELS}")
+            named = response.raise_for_status().json()["data"][0].get("tokenizer")
+    except httpx.HTTPError as error:
+        raise ServerError(f"{address}: {type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        named = None
+    if not isinstance(named, str):
+        raise ProtocolError(f"{address}{MODELS} names no tokenizer; give it with -M tokenizer=FILE")
+    return named
+
+
 def _seconds(header: str | None) -> float | None:
     try:
         return float(header) if header else None

@@ -31,7 +31,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
-from megatron_klong.serve.client import Client, ServerError
+from megatron_klong.serve.client import Client, ServerError, served_tokenizer
 from megatron_klong.serve.parsing import ParsedTurn, parse
 from megatron_klong.serve.prompts import stop_ids
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
@@ -49,7 +49,8 @@ _UNSUPPORTED = (
 
 
 class KlongAPI(ModelAPI):
-    """One policy behind one server. Model arguments: `tokenizer`, and `turns` (a file that keeps what is sampled)."""
+    """One policy behind one server. Model arguments: `tokenizer` (without it, the file that the server names, which must
+    be on a file system they share), and `turns` (a file that keeps what is sampled)."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class KlongAPI(ModelAPI):
         api_key: str | None = None,
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - Inspect's own signature; it is not changed
         *,
-        tokenizer: str,
+        tokenizer: str | None = None,
         turns: str | None = None,
     ) -> None:
         if base_url is None and "://" in model_name:
@@ -66,8 +67,8 @@ class KlongAPI(ModelAPI):
         if base_url is None:
             raise ValueError(f"klong/{model_name}: where is its server? Give base_url, or klong/http://host:port")
         super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
-        self._tokenizer = load_tokenizer(Path(tokenizer))
-        self._renderer = GlmRenderer(self._tokenizer)
+        self._tokenizer = load_tokenizer(Path(tokenizer or served_tokenizer(base_url, api_key)))
+        self.renderer = GlmRenderer(self._tokenizer)
         self._stop_ids = stop_ids(self._tokenizer)
         self._text_ids = functools.lru_cache(maxsize=8192)(self._encode_text_message)
         self._parsed = functools.lru_cache(maxsize=8192)(self._parse_turn)
@@ -113,22 +114,22 @@ class KlongAPI(ModelAPI):
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
         """The ids that ask for the next turn. Raises UnknownTurn, ProtocolError."""
-        preamble = self._renderer.preamble([_definition(tool) for tool in tools])
+        preamble = self.renderer.preamble([_definition(tool) for tool in tools])
         ids = [identifier for segment in preamble for identifier in segment.ids]
         previous: Message | None = None
         for message in messages:
             if isinstance(message, ChatMessageAssistant):
-                ids += self._renderer.header.ids
+                ids += self.renderer.header.ids
                 ids += self._sampled_ids(message)
             else:
                 ids += self._text_ids(Role(message.role), _text(message), previous.role if previous else None)
             previous = Message(role=Role(message.role))
-        ids += [identifier for segment in self._renderer.closing(previous) for identifier in segment.ids]
-        return ids + self._renderer.header.ids
+        ids += [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
+        return ids + self.renderer.header.ids
 
     def _encode_text_message(self, role: Role, text: str, previous: Role | None) -> list[int]:
         before = Message(role=previous) if previous is not None else None
-        rendered = self._renderer.message(Message(role=role, content=text), before)
+        rendered = self.renderer.message(Message(role=role, content=text), before)
         return [identifier for segment in rendered.segments for identifier in segment.ids]
 
     def _parse_turn(self, key: str) -> tuple[ParsedTurn, tuple[Segment, ...]]:

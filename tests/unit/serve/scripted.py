@@ -217,9 +217,15 @@ def call(name: str, **arguments: str) -> str:
 
 @contextmanager
 def serving(
-    engine: Scripted, *, tokenizer: Tokenizer | None = None, token: str | None = None, **settings: Any
+    engine: Scripted,
+    *,
+    tokenizer: Tokenizer | None = None,
+    tokenizer_file: str | None = None,
+    token: str | None = None,
+    **settings: Any,
 ) -> Iterator[str]:
-    """The address of a server of this engine; settings: of its ServeConfig."""
+    """The address of a server of this engine; settings: of its ServeConfig, as is tokenizer_file."""
+    settings = {"tokenizer": tokenizer_file} | settings
     front = Front(ServeConfig(**{"weights": "none"} | settings), engine, tokenizer=tokenizer, token=token)
     config = uvicorn.Config(front.app(), port=free_port(), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
