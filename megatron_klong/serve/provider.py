@@ -49,8 +49,11 @@ _UNSUPPORTED = (
 
 
 class KlongAPI(ModelAPI):
-    """One policy behind one server. Model arguments: `tokenizer` (without it, the file that the server names, which must
-    be on a file system they share), and `turns` (a file that keeps what is sampled)."""
+    """One policy behind one server.
+
+    Model arguments: `tokenizer` (without it, the file that the server names, on a file system they share), and `turns`
+    (a file that keeps what is sampled).
+    """
 
     def __init__(
         self,

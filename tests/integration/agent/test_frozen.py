@@ -33,7 +33,7 @@ from tests.integration.scripted_endpoint import Reply, call, endpoint
 from tests.unit.serve.scripted import call as written_call
 from tests.unit.serve.scripted import serving
 
-TURNS = 14
+TURNS = 10
 LEFT = re.compile(r"\[time left: (?:(\d+)m )?(\d+)s\]")
 
 
