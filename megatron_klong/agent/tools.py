@@ -7,8 +7,9 @@ while something it needs is missing.
 
 import math
 from collections.abc import Awaitable, Callable
+from typing import Any, Self
 
-from inspect_ai.tool import ToolDef
+from inspect_ai.tool import ToolDef, ToolParams
 from inspect_ai.util import ExecResult, OutputLimitExceededError, sandbox
 
 from megatron_klong.agent.config import EpisodeConfig, SubmitNeed, ToolName
@@ -43,7 +44,10 @@ class Toolbox:
             "jobs": self.list_jobs,
             "submit": self.submit,
         }
-        return [ToolDef(functions[name], name=name, parallel=False) for name in self._config.tools]
+        found = [ToolDef(functions[name], name=name, parallel=False) for name in self._config.tools]
+        for definition in found:
+            definition.parameters = _Unchanging(**definition.parameters.model_dump())
+        return found
 
     async def bash(self, cmd: str) -> str:
         """Run a shell command.
@@ -171,6 +175,13 @@ class Toolbox:
         except OutputLimitExceededError as error:
             return f"{error.truncated_output or ''}\nKilled: the output exceeded {error.limit_str}; write it to a file."
         return _readable(result)
+
+
+class _Unchanging(ToolParams):
+    """Parameters that are their own copy: Inspect copies those of all tools at every turn, and nothing changes them."""
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        return self
 
 
 def tools_of(config: EpisodeConfig) -> list[ToolDef]:

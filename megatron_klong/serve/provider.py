@@ -9,6 +9,7 @@ Retries are Inspect's (`max_retries`): it knows how long an episode may wait.
 """
 
 import functools
+import json
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -73,6 +74,7 @@ class KlongAPI(ModelAPI):
         self._tokenizer = load_tokenizer(Path(tokenizer or served_tokenizer(base_url, api_key)))
         self.renderer = GlmRenderer(self._tokenizer)
         self._stop_ids = stop_ids(self._tokenizer)
+        self._preamble_ids = functools.lru_cache(maxsize=64)(self._encode_preamble)
         self._text_ids = functools.lru_cache(maxsize=8192)(self._encode_text_message)
         self._parsed = functools.lru_cache(maxsize=8192)(self._parse_turn)
         self._longest: int | None = None
@@ -117,8 +119,7 @@ class KlongAPI(ModelAPI):
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
         """The ids that ask for the next turn. Raises UnknownTurn, ProtocolError."""
-        preamble = self.renderer.preamble([_definition(tool) for tool in tools])
-        ids = [identifier for segment in preamble for identifier in segment.ids]
+        ids = list(self._preamble_ids(json.dumps([_definition(tool) for tool in tools])))
         previous: Message | None = None
         for message in messages:
             if isinstance(message, ChatMessageAssistant):
@@ -129,6 +130,10 @@ class KlongAPI(ModelAPI):
             previous = Message(role=Role(message.role))
         ids += [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
         return ids + self.renderer.header.ids
+
+    def _encode_preamble(self, definitions: str) -> tuple[int, ...]:
+        preamble = self.renderer.preamble(json.loads(definitions))
+        return tuple(identifier for segment in preamble for identifier in segment.ids)
 
     def _encode_text_message(self, role: Role, text: str, previous: Role | None) -> list[int]:
         before = Message(role=previous) if previous is not None else None
