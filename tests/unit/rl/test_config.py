@@ -66,17 +66,17 @@ def test_one_outcome_is_changed_and_the_others_keep_their_defaults(tmp_path: Pat
     assert set(outcomes) == set(Ending)
 
 
+LEARNT = ("finished", "timed_out", "turn_limit", "token_limit", "stalled", "blacklisted")
+
+
 @pytest.mark.parametrize(
     ("table", "fact"),
     [
         ('finsihed = ["loss"]', "finsihed"),
         ('finished = ["reward"]', "reward"),
         ('finished = ["loss", "loss"]', "twice"),
-        ("finished = []\ntimed_out = []\nturn_limit = []\nstalled = []", "no ending enter the loss"),
-        (
-            'finished = ["loss"]\ntimed_out = ["loss"]\nturn_limit = ["loss"]\nstalled = ["loss"]',
-            "no ending enter the baseline",
-        ),
+        ("\n".join(f"{ending} = []" for ending in LEARNT), "no ending enter the loss"),
+        ("\n".join(f'{ending} = ["loss"]' for ending in LEARNT), "no ending enter the baseline"),
     ],
     ids=["unknown-ending", "unknown-use", "twice", "nothing-learnt", "no-baseline"],
 )
