@@ -4,6 +4,7 @@ Inspect allows one evaluation a process, so a collector runs several of these. A
 disk before its line is printed; ended by its parent's death, it takes its sandboxes along.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from megatron_klong.serve.turns import write_turns
 from megatron_klong.trajectory.episode import EPISODE_SUFFIX, write_episode
 
 POLICY = "klong/"
+_TRACE = 13  # Inspect's level below INFO: a file with each action, for people who look for what hangs; 7 % of what a turn costs
 
 
 class Played(Config):
@@ -78,6 +80,7 @@ def main() -> int:
     # What libraries print must not come between the lines.
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    logging.disable(_TRACE)
     job = Job.model_validate_json(sys.stdin.buffer.read())
     model = load_model(job)
     turns = model.api.turns if isinstance(model.api, KlongAPI) else None

@@ -1,9 +1,10 @@
 """A client of the server: one request, one completion, or an error that says whether trying again makes sense.
 
 It tries again only as often as its caller allows (0 by default: Inspect AI has retries of its own), after the time
-the server names. Requests without a free connection wait for one.
+the server names.
 """
 
+import functools
 from typing import Any, Self
 
 import anyio
@@ -40,7 +41,7 @@ class ServerError(RuntimeError):
 
 
 class Client:
-    """An HTTP connection pool to one server. Close it, or use it as an async context manager."""
+    """HTTP connections to one server, as many as there are requests. Close it, or use it as an async context manager."""
 
     def __init__(
         self,
@@ -54,17 +55,18 @@ class Client:
         """`base_url` with or without a closing /v1; `timeout_seconds` for a whole reply, None: as long as it takes."""
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._retries = retries
-        timeout = httpx.Timeout(timeout_seconds, connect=10.0)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        # the server is named outright: proxies of the environment are for other traffic
-        self._http = httpx.AsyncClient(
+        self._make = functools.partial(
+            httpx.AsyncClient,
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=timeout,
-            limits=limits,
+            timeout=httpx.Timeout(timeout_seconds, connect=10.0),
+            # the server is named outright: proxies of the environment are for other traffic
             trust_env=False,
             transport=transport,
+            verify=httpx.create_ssl_context(trust_env=False) if self.base_url.startswith("https:") else False,
         )
+        self._idle: list[httpx.AsyncClient] = []
+        self._all: list[httpx.AsyncClient] = []
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """Sample one reply. Raises ServerError, ProtocolError."""
@@ -100,7 +102,8 @@ class Client:
         return validated(RefitReply, body)
 
     async def aclose(self) -> None:
-        await self._http.aclose()
+        for http in self._all:
+            await http.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -118,11 +121,21 @@ class Client:
                 await anyio.sleep(min(error.retry_after or 0.5 * 2**attempt, _LONGEST_WAIT))
         raise AssertionError("unreachable")
 
+    def _taken(self) -> httpx.AsyncClient:
+        """A pool for one request at a time: httpx looks at every connection of a pool before each request."""
+        if self._idle:
+            return self._idle.pop()
+        self._all.append(self._make())
+        return self._all[-1]
+
     async def _once(self, method: str, path: str, body: Any) -> Any:
+        http = self._taken()
         try:
-            response = await self._http.request(method, path, json=body)
+            response = await http.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise ServerError(f"{self.base_url}: {type(error).__name__}: {error}") from error
+        finally:
+            self._idle.append(http)
         if response.status_code != httpx.codes.OK:
             raise ServerError(
                 f"{self.base_url}{path} answered {response.status_code}: {response.text[:500]}",
