@@ -25,7 +25,7 @@ from megatron_klong.serve.turns import write_turns
 from megatron_klong.trajectory.episode import EPISODE_SUFFIX, write_episode
 
 POLICY = "klong/"
-_TRACE = 13  # Inspect's level below INFO: a file with each action, for people who look for what hangs; 7 % of what a turn costs
+_TRACE = 13  # Inspect's level below INFO: a file with each action, which takes 7 % of a turn
 
 
 class Played(Config):

@@ -41,7 +41,7 @@ class ServerError(RuntimeError):
 
 
 class Client:
-    """HTTP connections to one server, as many as there are requests. Close it, or use it as an async context manager."""
+    """HTTP connections to one server, as many as it has requests. Close it, or use it as an async context manager."""
 
     def __init__(
         self,
