@@ -22,6 +22,8 @@ from typing import IO, Any
 import uvicorn
 
 from megatron_klong.config import ConfigError, parse_command_line
+from megatron_klong.model.checkpoint_folder import MANIFEST
+from megatron_klong.model.config import ModelConfig
 from megatron_klong.processes import end_with_launcher
 from megatron_klong.serve.app import Front
 from megatron_klong.serve.config import ServeConfig
@@ -101,6 +103,10 @@ def _engine(config: ServeConfig, tokenizer: Tokenizer | None) -> Engine:
         from megatron_klong.serve.nemo import NemoEngine
 
         return NemoEngine(config)
+    if not (folder := Path(config.weights) / MANIFEST).is_file():  # said before the imports, which take seconds
+        ModelConfig.from_hugging_face(folder.parent)
+    # Megatron imports it to log what a server logs otherwise: a third of the time that a start takes
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # None: there is no such module
     from megatron_klong.serve.engine import MegatronEngine  # here: --help must not import torch
 
     return MegatronEngine(config, tokenizer)

@@ -22,6 +22,7 @@ from pathlib import Path
 import megatron_klong.model.megatron_ready  # noqa: F401
 
 # isort: split
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import distributed
 
@@ -57,8 +58,8 @@ class MegatronEngine:
     ) -> None:
         """trained: what this process holds of a model that is trained beside, in the same process groups.
 
-        Those are there already then, and stay. Trainer and engine take turns, as both use them: nothing is trained
-        while something is sampled. On other ranks than 0, `follow` runs in a thread beside the trainer's.
+        Groups that are there already are used, and stay. Trainer and engine take turns, as both use them: nothing is
+        trained while something is sampled. On other ranks than 0, `follow` runs in a thread beside the trainer's.
         """
         self._trained = trained
         self._config = config
@@ -71,6 +72,7 @@ class MegatronEngine:
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] | None = None
         self._lockstep: Lockstep | None = None
+        self._groups_are_own = False
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -215,12 +217,13 @@ class MegatronEngine:
         layout = config.layout
         if layout.context_parallel > 1 or layout.virtual_pipeline_parallel > 1:
             raise ConfigError("layout: context_parallel and virtual_pipeline_parallel are for training; leave them out")
-        if self._trained is None:
-            initialize(layout, seed=config.seed)
-        else:
+        if config.routes and self._trained is not None and self._trained.config.moe_enable_routing_replay:
+            raise ConfigError("routes: recorded of one model in a process; build the trained one without them")
+        if parallel_state.model_parallel_is_initialized():
             check_initialized(layout)
-            if config.routes and self._trained.config.moe_enable_routing_replay:
-                raise ConfigError("routes: recorded of one model in a process; build the trained one without them")
+        else:
+            self._groups_are_own = True
+            initialize(layout, seed=config.seed)
         model = build_model(
             self.model_config, layout, precision=config.precision, initialize_weights=False, routes=config.routes
         )
@@ -232,7 +235,7 @@ class MegatronEngine:
 
     def _leave(self) -> None:
         refit.forget()
-        if self._trained is None:
+        if self._groups_are_own:
             destroy()
         elif self._lockstep is not None:
             self._lockstep.leave()

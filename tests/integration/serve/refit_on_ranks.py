@@ -1,10 +1,9 @@
-"""A script for two processes at TP2: what one of them fails at changes no weights on either; resharding changes all.
+"""Two processes at TP2 do this: what one of them fails at changes no weights on either; resharding changes all.
 
 And it does so under an engine that runs beside the model whose weights it takes.
 """
 
 import asyncio
-import sys
 import threading
 from pathlib import Path
 
@@ -18,16 +17,14 @@ from torch import distributed
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
 from megatron_klong.model.hugging_face import load_hugging_face
-from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.serve import refit
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.engine import MegatronEngine
 from megatron_klong.serve.protocol import CompletionRequest, RefitRequest
 
 
-def main(weights: str, other: str) -> None:
-    config, layout = ModelConfig.from_hugging_face(weights), LayoutConfig(tensor_parallel=2)
-    initialize(layout, seed=0)
+def check(weights: str, other: str, layout: LayoutConfig) -> None:
+    config = ModelConfig.from_hugging_face(weights)
     group = distributed.group.WORLD
     served, source = build_model(config, layout), build_model(config, layout)
     load_hugging_face([served], config, weights)
@@ -56,7 +53,6 @@ def main(weights: str, other: str) -> None:
     assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
     beside(source, weights, other, layout)
     assert all(torch.equal(now, then) for now, then in zip(state(source), after, strict=True))
-    destroy()
 
 
 def beside(source: GPTModel, weights: str, other: str, layout: LayoutConfig) -> None:
@@ -90,7 +86,3 @@ def beside(source: GPTModel, weights: str, other: str, layout: LayoutConfig) -> 
 
 def state(model: GPTModel) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

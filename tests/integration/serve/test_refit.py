@@ -1,10 +1,11 @@
 """New weights in a running server: requests in flight, requests that wait, and weights that cannot be taken."""
 
+import asyncio
 import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,25 @@ from safetensors.torch import load_file, save_file
 
 from megatron_klong.model.config import LayoutConfig
 from megatron_klong.model.conversion.import_checkpoint import import_checkpoint
-from megatron_klong.serve.protocol import CompletionRequest
-from tests.integration.model.launch import launch
+from megatron_klong.serve.protocol import CompletionRequest, RefitRequest
+from tests.integration.serve.in_process import sample, sampling
 from tests.integration.serve.served import (
-    LIMIT,
     TOLERANCE,
     Server,
     complete,
     greedy,
     log_probabilities,
     prompts,
-    serving,
 )
 
-SCRIPT = Path(__file__).with_name("refit_on_ranks.py")
-LONGEST = 1024
 
-
-@pytest.fixture(scope="module")
-def server(weights: Path) -> Iterator[Server]:
-    options = ["--block_tokens", "16", "--kv_cache_gib", "0.02", "--step_tokens", "64", "--max_requests", "4"]
-    with serving(weights, *options, limit=LONGEST) as running:
-        yield running
+@pytest.fixture(autouse=True)
+def restored(server: Server, weights: Path) -> Iterator[None]:
+    """The server is that of other tests too: it has `weights` again afterwards."""
+    before = epoch(server)
+    yield
+    if epoch(server) != before:
+        assert refit(server, weights).status_code == 200
 
 
 def refit(server: Server, weights: Path | str, **fields: Any) -> httpx.Response:
@@ -53,13 +51,13 @@ def test_requests_in_flight_go_on_under_the_new_weights(
     before = epoch(server)
     # more than can be sampled at once, and the first of them long enough to meet the refit
     requests = [
-        CompletionRequest(prompt_token_ids=prompt, max_tokens=500, seed=number)
+        CompletionRequest(prompt_token_ids=prompt, max_tokens=300, seed=number)
         for number, prompt in enumerate(prompts(5, 40, 90, 120, 33, 60))
     ]
     answers: list[httpx.Response] = []
 
     def change() -> None:
-        time.sleep(1.0)
+        time.sleep(0.4)
         answers.append(refit(server, other_weights))
 
     thread = threading.Thread(target=change)
@@ -73,7 +71,7 @@ def test_requests_in_flight_go_on_under_the_new_weights(
     crossed = 0
     for request, completion in zip(requests, completions, strict=True):
         prompt, ids = len(request.prompt_token_ids), len(completion.generation_token_ids)
-        assert ids == 500
+        assert ids == 300
         boundary = prompt + ids
         if len(completion.policy_epoch) == 2:
             (start, first), (boundary, second) = completion.policy_epoch
@@ -90,7 +88,6 @@ def test_requests_in_flight_go_on_under_the_new_weights(
         for model, part in ((reference, slice(0, sampled_before)), (other_reference, slice(sampled_before, ids))):
             torch.testing.assert_close(own[part], log_probabilities(model, completion)[part], atol=TOLERANCE, rtol=0)
     assert crossed >= 1
-    assert refit(server, weights).status_code == 200
 
 
 def test_or_are_waited_for(server: Server, weights: Path, other_weights: Path) -> None:
@@ -104,7 +101,6 @@ def test_or_are_waited_for(server: Server, weights: Path, other_weights: Path) -
     thread.join()
     assert found[0].policy_epoch == ((0, before),)
     assert complete(server, [request])[0].policy_epoch == ((0, before + 10),)
-    assert refit(server, weights).status_code == 200
 
 
 def test_nothing_that_old_weights_read_is_found_again(
@@ -119,7 +115,6 @@ def test_nothing_that_old_weights_read_is_found_again(
     assert completion.cached_tokens == 0
     assert list(completion.generation_token_ids) == greedy(other_reference, prompt, 20)
     assert complete(server, [request])[0].cached_tokens > 100
-    assert refit(server, weights).status_code == 200
 
 
 def broken(weights: Path, folder: Path, how: str) -> Path:
@@ -182,20 +177,22 @@ def test_a_policy_that_is_too_old_is_refused(server: Server) -> None:
     assert f"policy {now} is served" in answer.json()["error"]["message"]
 
 
-def test_on_several_ranks_all_take_them_or_none(weights: Path, other_weights: Path) -> None:
-    launch(SCRIPT, str(weights), str(other_weights), processes=2)
+def test_on_several_ranks_all_take_them_or_none(on_ranks: Mapping[str, Any]) -> None:
+    """refit_on_ranks.py has checked it, in the same two processes that answered for the layouts."""
+    assert on_ranks
 
 
 def test_a_checkpoint_of_any_layout_is_served(
     weights: Path, other_weights: Path, other_reference: torch.nn.Module, tmp_path: Path
 ) -> None:
     import_checkpoint(other_weights, tmp_path / "checkpoint", LayoutConfig(expert_parallel=2), processes=1)
-    with serving(weights, "--block_tokens", "16", "--kv_cache_gib", "0.01", limit=LIMIT) as server:
-        assert refit(server, tmp_path / "checkpoint").status_code == 200
-        [prompt] = prompts(40)
-        [completion] = complete(server, [CompletionRequest(prompt_token_ids=prompt, max_tokens=16, temperature=0.0)])
-        assert list(completion.generation_token_ids) == greedy(other_reference, prompt, 16)
-    with serving(tmp_path / "checkpoint", "--block_tokens", "16", "--kv_cache_gib", "0.01", limit=LIMIT) as server:
-        assert complete(server, [CompletionRequest(prompt_token_ids=prompt, max_tokens=16, temperature=0.0)]) == [
-            completion.model_copy(update={"policy_epoch": ((0, 0),), "kv_cache_epoch": ((0, 0),)})
+    [prompt] = prompts(40)
+    request = CompletionRequest(prompt_token_ids=prompt, max_tokens=16, temperature=0.0)
+    with sampling(weights) as engine:
+        asyncio.run(engine.refit(RefitRequest(weights=str(tmp_path / "checkpoint"))))
+        [refitted] = sample(engine, [request])
+    assert list(refitted.generation_token_ids) == greedy(other_reference, prompt, 16)
+    with sampling(tmp_path / "checkpoint") as engine:
+        assert sample(engine, [request]) == [
+            refitted.model_copy(update={"policy_epoch": ((0, 0),), "kv_cache_epoch": ((0, 0),)})
         ]

@@ -358,6 +358,7 @@ def test_the_model_is_described() -> None:
         "vocab_size": SIZE,
         "policy_epoch": 4,
         "exact_tokens": True,
+        "tokenizer": None,
     }
 
 
