@@ -2,6 +2,7 @@
 
 Sixteen clients with prompts and replies of mixed lengths, each asking again when it has its reply; greedy, and the
 replies are compared, so that both sides do the same work. The sides take turns; a ratio is the median over the rounds.
+On a CPU each side has the number of threads with which it is fastest, tried out before.
 
     over_transformers_as_they_come   tokens a second over HTTP / of `generate` request by request, as they come in
     over_transformers_static         / of `generate` on static batches of sixteen, padded to the longest of each
@@ -25,7 +26,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -43,11 +46,12 @@ from megatron_klong.model.conversion.random_weights import write_random_weights 
 from megatron_klong.model.presets import tiny  # noqa: E402
 from megatron_klong.serve.client import Client  # noqa: E402
 from megatron_klong.serve.config import EngineConfig  # noqa: E402
-from megatron_klong.serve.launch import serving  # noqa: E402
+from megatron_klong.serve.launch import Server, serving  # noqa: E402
 from megatron_klong.serve.protocol import Completion, CompletionRequest, RefitRequest  # noqa: E402
 from megatron_klong.tables import aligned  # noqa: E402
 
 NAME = "serve"
+SIDES = ("ours", "as_they_come", "static")
 CLIENTS = 16
 TURNS = 50
 VOCABULARY = 4096
@@ -77,13 +81,22 @@ def main() -> int:
             max_requests=256 if on_gpu() else 64,
             kv_cache_gib=20 if on_gpu() else 0.5,
         )
-        with serving(weights, engine, Path(folder) / "server.txt") as server:
-            figures = asyncio.run(measured(server.url, weights, options, engine))
+        theirs = load(weights)
+        threads = dict.fromkeys(SIDES, 0) if on_gpu() else best_threads(theirs, weights, engine)
+        with server_of(weights, engine, threads["ours"]) as server:
+            figures = asyncio.run(measured(server.url, weights, theirs, threads, options, engine))
     ratios = {name: round(value, 4) for name, value in figures.items()}
     versions = {name: version(name) for name in ("megatron-core", "torch", "transformers")}
     print("\n".join(aligned([["figure", "value"], *([name, f"{value:.3f}"] for name, value in ratios.items())])))
     print(
-        json.dumps({"benchmark": NAME, "ratios": ratios, "versions": versions | {"python": platform.python_version()}})
+        json.dumps(
+            {
+                "benchmark": NAME,
+                "ratios": ratios,
+                "threads": threads,
+                "versions": versions | {"python": platform.python_version()},
+            }
+        )
     )
     return 0
 
@@ -96,25 +109,76 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-async def measured(url: str, weights: Path, options: argparse.Namespace, engine: EngineConfig) -> dict[str, float]:
+def best_threads(theirs: Any, weights: Path, engine: EngineConfig) -> dict[str, int]:
+    """Of each side, by the seconds it takes for the same few requests; the first of them are for warming up."""
+    seconds: dict[str, dict[int, float]] = {side: defaultdict(float) for side in SIDES}
+    for threads in {1, os.cpu_count() or 1}:
+        with server_of(weights, engine, threads) as server:
+            for number in range(3):
+                work = make_work(1000 + number, 1)
+                use(threads)
+                tried = {
+                    "ours": asyncio.run(asked_once(server.url, work)),
+                    "as_they_come": timed(partial(in_turn, theirs, work))[1],
+                    "static": timed(partial(in_batches, theirs, work))[1],
+                }
+                for side, value in tried.items():
+                    seconds[side][threads] += value if number else 0
+    print("seconds by threads:", {side: {n: round(s, 2) for n, s in tried.items()} for side, tried in seconds.items()})
+    return {side: min(tried, key=tried.__getitem__) for side, tried in seconds.items()}
+
+
+async def asked_once(url: str, work: Work) -> float:
     async with Client(url) as client:
-        figures = await compared(client, weights, options)
+        started = time.perf_counter()
+        await asyncio.gather(*(ask(client, requests) for requests in work.clients))
+        return time.perf_counter() - started
+
+
+@contextmanager
+def server_of(weights: Path, engine: EngineConfig, threads: int) -> Iterator[Server]:
+    """threads: 0: as torch decides."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        with serving(weights, engine, weights.parent / "server.txt") as server:
+            yield server
+    finally:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+async def measured(
+    url: str,
+    weights: Path,
+    theirs: Any,
+    threads: Mapping[str, int],
+    options: argparse.Namespace,
+    engine: EngineConfig,
+) -> dict[str, float]:
+    async with Client(url) as client:
+        figures = await compared(client, theirs, threads, options)
         figures |= await cached(client, weights, engine)
         if on_gpu():
             figures |= {f"tokens_per_second_{n}": await throughput(client, n) for n in (1, 16, 64, 256)}
     return figures
 
 
-async def compared(client: Client, weights: Path, options: argparse.Namespace) -> dict[str, float]:
+async def compared(
+    client: Client, theirs: Any, threads: Mapping[str, int], options: argparse.Namespace
+) -> dict[str, float]:
     """Tokens a second of the three, by rounds."""
-    theirs = load(weights)
-    speeds: dict[str, list[float]] = {"ours": [], "as_they_come": [], "static": []}
+    speeds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(options.rounds + 1):
         work = make_work(number, options.requests)
         started = time.perf_counter()
         ours = await asyncio.gather(*(ask(client, requests) for requests in work.clients))
         seconds = {"ours": time.perf_counter() - started}
+        use(threads["as_they_come"])
         one_by_one, seconds["as_they_come"] = timed(partial(in_turn, theirs, work))
+        use(threads["static"])
         batched, seconds["static"] = timed(partial(in_batches, theirs, work))
         for found, wanted, padded in zip(ours, one_by_one, batched, strict=True):
             replies = [list(reply.generation_token_ids) for reply in found]
@@ -210,6 +274,11 @@ def generate(model: Any, requests: Sequence[CompletionRequest]) -> list[list[int
         pad_token_id=0,
     )
     return [row[longest : longest + request.max_tokens].tolist() for row, request in zip(made, requests, strict=True)]
+
+
+def use(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def timed[Result](work: Callable[[], Result]) -> tuple[Result, float]:
