@@ -1,4 +1,4 @@
-"""Experts' weights as one tensor: whoever changes a parameter, in place or by another tensor, changes what is served."""
+"""Weights of experts as one tensor: whoever changes a parameter, in place or otherwise, changes what is served."""
 
 import torch
 
