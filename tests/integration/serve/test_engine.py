@@ -177,10 +177,9 @@ def port(server: Server) -> int:
     return int(server.url.rsplit(":", 1)[1])
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(60, marks=pytest.mark.slow)])
-def test_clients_that_behave_badly(seconds: int) -> None:
-    """benchmarks/serve_soak.py in short; `make evidence` runs it for ten minutes."""
-    options = ["--seconds", str(seconds), "--refit-seconds", str(seconds / 6), "--checked", str(4 * seconds)]
+def test_clients_that_behave_badly() -> None:
+    """A minute of benchmarks/serve_soak.py; `make evidence` runs it for ten."""
+    options = ["--seconds", "60", "--refit-seconds", "10", "--checked", "240"]
     made = subprocess.run(
         [sys.executable, "benchmarks/serve_soak.py", *options],
         cwd=REPOSITORY,
