@@ -1,7 +1,9 @@
 """Fixtures every test may use."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,20 @@ settings.load_profile("busy-machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """An evaluation played in the test's process changes the levels and handlers for all that follow."""
+    root = logging.getLogger()
+    known = [root, *(found for found in root.manager.loggerDict.values() if isinstance(found, logging.Logger))]
+    before = [(found, found.level, found.disabled, found.propagate, list(found.handlers)) for found in known]
+    disabled = root.manager.disable
+    yield
+    logging.disable(disabled)
+    for found, level, was_disabled, propagate, handlers in before:
+        found.setLevel(level)
+        found.disabled, found.propagate, found.handlers = was_disabled, propagate, handlers
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
         try:
             given.limits()
             await cls.check(given)
-            await shared.start_for(task_name, given.egress)
+            await shared.start(given.egress)
         except ValueError as error:
             raise PrerequisiteError(str(error)) from error
         except SandboxUnavailable as error:
@@ -111,7 +111,7 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
         given, label = cls.configured(config), _label(task_name)
         egress = None
         try:
-            egress = await shared.open_for(task_name, given.egress, metadata.get("folder"), label)
+            egress = await shared.open_for(given.egress, metadata.get("folder"), label)
             sandbox = cls(await cls.make(given, label, egress), egress)
         except BaseException as error:
             if egress is not None:
@@ -141,7 +141,7 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
         process."""
         for sandbox in cls._of_task.pop(task_name, set()):
             await sandbox.close()
-        await shared.end_for(task_name)
+        await shared.end(cls.configured(config).egress)  # (Inspect names other tasks here than before)
 
     @classmethod
     async def cli_cleanup(cls, id: str | None) -> None:

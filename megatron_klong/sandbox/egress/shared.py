@@ -1,11 +1,11 @@
-"""The proxies of this process: one for each configuration in use, started with its first task, ended with its last.
+"""The proxies of this process: one for each configuration in use, started with its evaluation and ended with it.
 
 Always: a proxy belongs to the event loop that started it; what a task's `blacklist.txt` forbids holds for that task's
-sandboxes alone.
+sandboxes alone; what a proxy kept on disk goes with it.
 """
 
 import asyncio
-from dataclasses import dataclass, field
+import shutil
 from pathlib import Path
 
 from megatron_klong.sandbox.directories import runner_directory
@@ -15,51 +15,40 @@ from megatron_klong.sandbox.egress.rules import Blacklist
 
 BLACKLIST = "blacklist.txt"
 
+type _Key = tuple[asyncio.AbstractEventLoop, str]
 
-@dataclass
-class _Shared:
-    proxy: EgressProxy
-    tasks: set[str] = field(default_factory=set)
-
-
-_proxies: dict[tuple[asyncio.AbstractEventLoop, str], _Shared] = {}
+_proxies: dict[_Key, EgressProxy] = {}
 _started = 0
 
 
-async def start_for(task: str, config: EgressConfig) -> None:
-    """Have a proxy for a task's sandboxes, unless they have no network. SandboxUnavailable."""
+async def start(config: EgressConfig) -> None:
+    """Have a proxy, unless the configuration is of no network. SandboxUnavailable."""
     global _started
-    if config.mode == "off":
-        return
-    key = _key(config)
-    if key not in _proxies:
+    if config.mode != "off" and _key(config) not in _proxies:
         _started += 1
-        _proxies[key] = _Shared(await EgressProxy.start(config, runner_directory() / f"egress-{_started}"))
-    _proxies[key].tasks.add(task)
+        _proxies[_key(config)] = await EgressProxy.start(config, runner_directory() / f"egress-{_started}")
 
 
-async def open_for(task: str, config: EgressConfig, folder: str | None, label: str) -> SandboxEgress | None:
+async def open_for(config: EgressConfig, folder: str | None, label: str) -> SandboxEgress | None:
     """The way out of one sandbox; None if it has none. `folder`: of the task, whose blacklist holds.
 
     Raises SandboxUnavailable, BlacklistError.
     """
     if config.mode == "off":
         return None
+    await start(config)
     file = None if folder is None else Path(folder) / BLACKLIST
     blacklist = Blacklist(()) if file is None else Blacklist.read(file, fetchers=config.fetchers)
-    await start_for(task, config)
-    return await _proxies[_key(config)].proxy.open(blacklist, label)
+    return await _proxies[_key(config)].open(blacklist, label)
 
 
-async def end_for(task: str) -> None:
-    """Let go of the proxies that only this task used."""
-    loop = asyncio.get_running_loop()
-    for key, shared in list(_proxies.items()):
-        shared.tasks.discard(task)
-        if key[0] is loop and not shared.tasks:
-            del _proxies[key]
-            await shared.proxy.close()
+async def end(config: EgressConfig) -> None:
+    """End the proxy of a configuration that nobody uses any more."""
+    proxy = _proxies.pop(_key(config), None)
+    if proxy is not None:
+        await proxy.close()
+        await asyncio.to_thread(shutil.rmtree, proxy.folder, ignore_errors=True)
 
 
-def _key(config: EgressConfig) -> tuple[asyncio.AbstractEventLoop, str]:
+def _key(config: EgressConfig) -> _Key:
     return asyncio.get_running_loop(), config.model_dump_json()
