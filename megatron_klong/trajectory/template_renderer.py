@@ -82,9 +82,7 @@ class TemplateRenderer:
             if segment.ids:
                 (preamble if number is None else by_message[number]).append(segment)
         rendered = [
-            RenderedMessage(
-                role=message.role, reading=message.reading, segments=tuple(added), halved=message.halved
-            )
+            RenderedMessage(role=message.role, reading=message.reading, segments=tuple(added), halved=message.halved)
             for message, added in zip(transcript.messages, by_message, strict=True)
         ]
         return RenderedTranscript(preamble=tuple(preamble), messages=tuple(rendered), closing=())
