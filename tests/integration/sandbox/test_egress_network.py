@@ -29,7 +29,7 @@ server.accept()[0].sendall(b"hello")"""
 
 EXERCISE = f"""
 import os, shlex, socket, subprocess, sys
-sys.path.insert(0, {str(REPOSITORY)!r})
+sys.path.insert(0, sys.argv[1])
 from megatron_klong.sandbox.network import SandboxNetwork
 BUBBLEWRAP = {BUBBLEWRAP!r}
 ids = ["--reuid", "{UNPRIVILEGED}", "--regid", "{UNPRIVILEGED}", "--clear-groups", "--no-new-privs"]
@@ -77,25 +77,35 @@ def outcome(command: list[str]) -> dict[str, str]:
 
 
 def test_commands_share_a_network_that_leads_nowhere() -> None:
-    assert outcome([sys.executable, "-c", EXERCISE]) == EXPECTED
+    assert outcome([sys.executable, "-c", EXERCISE, str(REPOSITORY)]) == EXPECTED
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the test above has shown it already")
 def test_a_user_without_privilege_has_the_same() -> None:
-    """The user may not enter root's folders: where Python is in one, the test shows it to the user elsewhere."""
+    """Python and this package may lie in folders that only root can enter: the test shows them to the user."""
     python = Path(sys.base_prefix).resolve()
-    closed = next((part for part in [*reversed(python.parents), python] if not part.stat().st_mode & 0o001), None)
-    if closed is not None and closed in REPOSITORY.parents:
-        pytest.skip(f"the repository lies in {closed}, which only root can enter")
-    script = 'exec "$@"'
-    if closed is not None:
-        script = (
-            f"mount --bind {python} /mnt && mount -t tmpfs -o mode=755 none {closed} && mkdir -p {python} && "
-            f"mount --move /mnt {python} && {script}"
-        )
+    show = [
+        "mount -t tmpfs -o mode=755 none /mnt && mkdir /mnt/python",
+        f"cp -r {REPOSITORY / 'megatron_klong'} /mnt && chmod -R a+rX /mnt/megatron_klong",
+        f"mount --bind {python} /mnt/python",
+    ]
+    for closed in [part for part in reversed(python.parents) if not part.stat().st_mode & 0o001]:
+        show.append(f"mkdir -p {closed} && mount -t tmpfs -o mode=755 none {closed}")
+    show.append(f'mkdir -p {python} && mount --bind /mnt/python {python} && cd / && exec "$@"')
     ids = ["--reuid", str(UNPRIVILEGED), "--regid", str(UNPRIVILEGED), "--clear-groups"]
-    command = ["unshare", "-m", "sh", "-c", script, "sh", "setpriv", *ids, "env", "PYTHONDONTWRITEBYTECODE=1"]
-    assert outcome([*command, sys.executable, "-c", EXERCISE]) == EXPECTED
+    command = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        " && ".join(show),
+        "sh",
+        "setpriv",
+        *ids,
+        "env",
+        "PYTHONDONTWRITEBYTECODE=1",
+    ]
+    assert outcome([*command, str(python / "bin/python3"), "-c", EXERCISE, "/mnt"]) == EXPECTED
 
 
 def test_closing_leaves_no_descriptor_and_may_be_repeated() -> None:
