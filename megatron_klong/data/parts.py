@@ -98,8 +98,8 @@ def load_renderer(tokenizer: Tokenizer, settings: Settings) -> Renderer:
 
 def part_stands(prefix: Path) -> bool:
     """Whether there is a whole part; one that is damaged is reported and counts as missing."""
-    if not shard_file(prefix, MANIFEST).exists():
-        return False
+    if not (shard_file(prefix, MANIFEST).exists() and shard_file(prefix, REPORT).exists()):
+        return False  # the report is written first, but a run killed while it removed its parts may leave a manifest
     try:
         read_manifest(prefix, verify_checksums=True)
     except ShardError as error:

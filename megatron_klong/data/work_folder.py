@@ -41,7 +41,8 @@ def work_folder(prefix: Path, run: str, *, overwrite: bool, shared: bool) -> Ite
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder whose parts are of no more use."""
+    """Remove a folder whose parts are of no more use; if that is cut short, no run takes the rest for its own."""
+    (folder / "run").unlink()
     shutil.rmtree(folder)
 
 

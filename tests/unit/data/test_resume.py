@@ -72,7 +72,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path: Path, t
         _wait_for_workers(tmp_path / "out")
         if (tmp_path / "out" / "s.manifest.json").exists():
             assert content(tmp_path / "out" / "s")[".bin"] == content(tmp_path / "whole")[".bin"]
-            if process.returncode == 0 or not (tmp_path / "out" / "s.parts").exists():
+            if process.returncode == 0 or not (tmp_path / "out" / "s.parts" / "run").exists():
                 shutil.rmtree(tmp_path / "out")  # it had finished: the next one begins anew
     ended = run(*command, *(["--overwrite"] if (tmp_path / "out" / "s.manifest.json").exists() else []))
     assert ended.returncode == 0, ended.stderr
@@ -135,6 +135,37 @@ def test_a_damaged_part_is_made_again_and_said_so(
     assert "made again" in caplog.text
     make(source, tmp_path / "whole", tokenizer)
     assert content(prefix) == content(tmp_path / "whole")
+
+
+def test_a_part_whose_report_is_gone_is_made_again(tmp_path: Path, tokenizer: Path) -> None:
+    source, prefix = write_inputs(tmp_path / "in"), tmp_path / "s"
+    make(source, prefix, tokenizer, share=(0, 1))
+    sorted((tmp_path / "s.parts").glob("*.report.json"))[1].unlink()
+    report = make(source, prefix, tokenizer)
+    assert report.as_json() == make(source, tmp_path / "whole", tokenizer).as_json()
+    assert content(prefix) == content(tmp_path / "whole")
+
+
+def test_killed_while_it_removes_its_parts_it_has_finished(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, prefix = write_inputs(tmp_path / "in"), tmp_path / "s"
+
+    def remove_some(folder: Path) -> None:
+        for file in sorted(folder.glob("*.report.json"))[:2]:
+            file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", remove_some)
+        with pytest.raises(KeyboardInterrupt):
+            make(source, prefix, tokenizer)
+    before = content(prefix)
+    with pytest.raises(ShardError, match=r"s\.bin: exists already"):
+        make(source, prefix, tokenizer)
+    make(source, prefix, tokenizer, overwrite=True)
+    assert content(prefix) == before
+    assert not (tmp_path / "s.parts").exists()
 
 
 @pytest.mark.parametrize("what", ["settings", "input"])
