@@ -29,6 +29,7 @@ setup(
         "mitmproxy>=12.3,<12.4",  # two of its private methods are wrapped (sandbox/egress/program.py)
         "pyseccomp>=0.1.2",
         "anyio>=4.14",
+        "aiohttp>=3.12",
         "httpx>=0.28",
         "starlette>=1.0",
         "uvicorn>=0.40",

@@ -38,7 +38,8 @@ def export_records(log_file: Path, folder: Path, turns: TurnStore | None = None)
 
 def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | None = None) -> EpisodeRecord:
     """The record of one sample; `model` is Inspect's model name. Raises UnknownTurn for a turn `turns` lacks."""
-    sample = resolve_sample_attachments(sample, "full")
+    # not of the events, whose messages are many times those of the sample
+    sample = resolve_sample_attachments(sample.model_copy(update={"events": []}), "full")
     metadata = sample.metadata or {}
     notes = sample.store.get(STORE_KEY) or {}
     ending, error = _ending(sample, notes)

@@ -105,7 +105,7 @@ def _engine(config: ServeConfig, tokenizer: Tokenizer | None) -> Engine:
         return NemoEngine(config)
     if not (folder := Path(config.weights) / MANIFEST).is_file():  # said before the imports, which take seconds
         ModelConfig.from_hugging_face(folder.parent)
-    # Megatron imports it to log what a server logs otherwise: a third of the time that a start takes
+    # Megatron's engine imports it to log what a server logs otherwise, which takes seconds (see megatron_ready)
     sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # None: there is no such module
     from megatron_klong.serve.engine import MegatronEngine  # here: --help must not import torch
 

@@ -10,6 +10,8 @@ Retries are Inspect's (`max_retries`): it knows how long an episode may wait.
 
 import functools
 import json
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -40,13 +42,26 @@ from megatron_klong.serve.turns import SampledTurn, TurnStore
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.sampled import sampled_segments
 from megatron_klong.trajectory.schema import Message, Role
-from megatron_klong.trajectory.segments import Segment, SegmentKind
+from megatron_klong.trajectory.segments import SegmentKind
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 
 _UNSUPPORTED = (
     *("stop_seqs", "num_choices", "best_of", "frequency_penalty", "presence_penalty", "logit_bias"),
     "response_schema",
 )
+
+
+_KEPT_MESSAGES = 1 << 15  # what 100 episodes have in their windows
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """The ids of a message that has this content, these very objects, and comes behind a message of that role."""
+
+    content: object
+    error: object
+    before: Role | None
+    ids: list[int]
 
 
 class KlongAPI(ModelAPI):
@@ -75,8 +90,7 @@ class KlongAPI(ModelAPI):
         self.renderer = GlmRenderer(self._tokenizer)
         self._stop_ids = stop_ids(self._tokenizer)
         self._preamble_ids = functools.lru_cache(maxsize=64)(self._encode_preamble)
-        self._text_ids = functools.lru_cache(maxsize=8192)(self._encode_text_message)
-        self._parsed = functools.lru_cache(maxsize=8192)(self._parse_turn)
+        self._kept: OrderedDict[str, _Encoded] = OrderedDict()
         self._longest: int | None = None
         self._episodes: dict[str, str] = {}  # by its last turn, so that a server with replicas finds its cache
         self._token = api_key
@@ -120,16 +134,31 @@ class KlongAPI(ModelAPI):
     def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
         """The ids that ask for the next turn. Raises UnknownTurn, ProtocolError."""
         ids = list(self._preamble_ids(json.dumps([_definition(tool) for tool in tools])))
-        previous: Message | None = None
+        before: Role | None = None
         for message in messages:
-            if isinstance(message, ChatMessageAssistant):
-                ids += self.renderer.header.ids
-                ids += self._sampled_ids(message)
-            else:
-                ids += self._text_ids(Role(message.role), _text(message), previous.role if previous else None)
-            previous = Message(role=Role(message.role))
+            ids += self._message_ids(message, before)
+            before = Role(message.role)
+        previous = None if before is None else Message(role=before)
         ids += [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
         return ids + self.renderer.header.ids
+
+    def _message_ids(self, message: ChatMessage, before: Role | None) -> list[int]:
+        """Of one message; those of a message that is still the same are kept from turn to turn."""
+        key = message.id or ""
+        error = message.error if isinstance(message, ChatMessageTool) else None
+        kept = self._kept.get(key)
+        if kept and kept.content is message.content and kept.error is error and kept.before is before:
+            self._kept.move_to_end(key)
+            return kept.ids
+        if isinstance(message, ChatMessageAssistant):
+            ids = [*self.renderer.header.ids, *self._sampled_ids(message)]
+        else:
+            ids = self._encode_text_message(Role(message.role), _text(message), before)
+        if key:
+            self._kept[key] = _Encoded(content=message.content, error=error, before=before, ids=ids)
+            if len(self._kept) > _KEPT_MESSAGES:
+                self._kept.popitem(last=False)
+        return ids
 
     def _encode_preamble(self, definitions: str) -> tuple[int, ...]:
         preamble = self.renderer.preamble(json.loads(definitions))
@@ -140,20 +169,18 @@ class KlongAPI(ModelAPI):
         rendered = self.renderer.message(Message(role=role, content=text), before)
         return [identifier for segment in rendered.segments for identifier in segment.ids]
 
-    def _parse_turn(self, key: str) -> tuple[ParsedTurn, tuple[Segment, ...]]:
-        body = self.turns[key].body
-        return parse(body, self._tokenizer), sampled_segments(body, self._tokenizer)
-
     def _sampled_ids(self, message: ChatMessageAssistant) -> list[int]:
         """A turn's ids as history shows it: reasoning that the message no longer holds is left out."""
-        parsed, sampled = self._parsed(message.id or "without id")
+        body = self.turns[message.id or "without id"].body
+        parsed = parse(body, self._tokenizer)
         if parsed.content != message.text.strip():
             raise ProtocolError(f"the text of message {message.id} is no longer what was sampled")
         holds_reasoning = isinstance(message.content, list) and any(
             isinstance(part, ContentReasoning) for part in message.content
         )
         left_out = SegmentKind.REASONING if parsed.reasoning and not holds_reasoning else None
-        return [identifier for segment in sampled if segment.kind is not left_out for identifier in segment.ids]
+        segments = sampled_segments(body, self._tokenizer)
+        return [identifier for segment in segments if segment.kind is not left_out for identifier in segment.ids]
 
     def _output(self, turn: SampledTurn, completion: Completion, parsed: ParsedTurn) -> ModelOutput:
         content: list[Content] = []

@@ -17,7 +17,7 @@ import uvicorn
 
 from megatron_klong.serve.app import Front
 from megatron_klong.serve.config import ServeConfig
-from megatron_klong.serve.interface import Load, Progress
+from megatron_klong.serve.interface import Engine, Load, Progress
 from megatron_klong.serve.protocol import (
     COMPLETIONS,
     Completion,
@@ -217,7 +217,7 @@ def call(name: str, **arguments: str) -> str:
 
 @contextmanager
 def serving(
-    engine: Scripted,
+    engine: Engine,
     *,
     tokenizer: Tokenizer | None = None,
     tokenizer_file: str | None = None,

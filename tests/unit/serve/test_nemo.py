@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -27,7 +26,6 @@ from megatron.core.inference.inference_request import DynamicInferenceEvent, Dyn
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
 from megatron_klong.config import ConfigError
-from megatron_klong.serve.app import Front
 from megatron_klong.serve.client import Client
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Progress
@@ -43,6 +41,7 @@ from megatron_klong.serve.protocol import (
     ReplyError,
 )
 from tests.conftest import REPOSITORY
+from tests.unit.serve.scripted import get, serving
 
 FAKE = Path(__file__).parent / "fake_nemo"
 USER, OBSERVATION, LIGATURE = 300, 301, 302
@@ -137,15 +136,12 @@ def test_ids_go_in_and_ids_with_a_log_probability_each_come_out(engine: NemoEngi
 
 
 def test_over_http_it_is_a_server_that_may_be_trained_on(engine: NemoEngine, weights: str) -> None:
-    transport = httpx.ASGITransport(Front(config(weights), engine).app())
+    async def complete(url: str) -> Completion:
+        async with Client(url) as client:
+            return await client.complete(request(max_tokens=2))
 
-    async def run() -> tuple[Completion, Any]:
-        async with Client("http://server", transport=transport) as client:
-            reply = await client.complete(request(max_tokens=2))
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            return reply, (await http.get("/v1/models")).json()["data"][0]
-
-    reply, model = asyncio.run(run())
+    with serving(engine, **config(weights).model_dump(exclude_unset=True)) as url:
+        reply, model = asyncio.run(complete(url)), get(url, "/v1/models").json()["data"][0]
     assert (reply.generation_token_ids, model["exact_tokens"]) == ((102, 103), True)
 
 

@@ -1,11 +1,11 @@
 """The provider over the real front and client: only the engine is scripted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import anyio
-import httpx
 import pytest
 from inspect_ai.model import (
     ChatMessage,
@@ -21,9 +21,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolInfo, ToolParam, ToolParams
 
-from megatron_klong.serve.app import Front
 from megatron_klong.serve.client import Client, ServerError
-from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.protocol import (
     Completion,
     CompletionRequest,
@@ -63,14 +61,14 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def provider(folder: Path, tmp_path: Path) -> Callable[[Scripted], KlongAPI]:
-    def make(engine: Scripted) -> KlongAPI:
-        config = ServeConfig(weights="none", max_sequence_length=LIMIT, max_requests=1, max_waiting=0)
-        api = KlongAPI("policy", "http://server/v1", tokenizer=str(folder), turns=str(tmp_path / "turns.jsonl"))
-        api._client = Client("http://server/v1", transport=httpx.ASGITransport(Front(config, engine).app()))
-        return api
+def provider(folder: Path, tmp_path: Path) -> Iterator[Callable[[Scripted], KlongAPI]]:
+    with ExitStack() as servers:
 
-    return make
+        def make(engine: Scripted) -> KlongAPI:
+            url = servers.enter_context(serving(engine, max_sequence_length=LIMIT, max_requests=1, max_waiting=0))
+            return KlongAPI("policy", f"{url}/v1", tokenizer=str(folder), turns=str(tmp_path / "turns.jsonl"))
+
+        yield make
 
 
 def sampled(tokenizer: Tokenizer, reasoning: str, content: str, command: str | None, end: str) -> list[int]:
@@ -80,7 +78,10 @@ def sampled(tokenizer: Tokenizer, reasoning: str, content: str, command: str | N
 
 def ask(api: KlongAPI, messages: list[ChatMessage], **config: Any) -> ModelOutput:
     async def once() -> ModelOutput:
-        return await api.generate(messages, [BASH], "auto", GenerateConfig(**config))
+        try:
+            return await api.generate(messages, [BASH], "auto", GenerateConfig(**config))
+        finally:
+            await api.aclose()
 
     return anyio.run(once)
 
