@@ -23,7 +23,7 @@ evidence: setup ## slow tests, benchmarks and the ablation, hours; into benchmar
 	@exec $(VENV)/bin/python benchmarks/evidence.py $(ARGS)
 
 test: lint typecheck ## lint, type check, then all tests that need neither a GPU nor hours
-	@exec $(VENV)/bin/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	@exec $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 lint: setup ## ruff and the layer table
 	@$(VENV)/bin/ruff check

@@ -1,6 +1,8 @@
 """The model computes, trains and exports on every layout what transformers' Glm4MoeForCausalLM does."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +53,37 @@ def test_one_process_computes_what_transformers_does_whatever_the_weights(tmp_pa
         for seed in (0, 1, 2):
             folders.append(tmp_path / f"{name}-{seed}")
             write_reference(folders[-1], config, seed=seed)
-    launch(WORKER, "{}", *map(str, folders), processes=1)
+    launch(WORKER, json.dumps([({}, list(map(str, folders)))]), processes=1)
     for folder in folders:
         check(folder, 1e-5)
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """The folders of a layout, once its processes, or those of another layout that has as many, are through with it."""
+    folders: dict[str, list[Path]] = {}
+
+    def compute(layout: str) -> list[Path]:
+        processes = LAYOUTS[layout][0]
+        if layout not in folders:
+            alike = {name: models for name, (number, _, models) in LAYOUTS.items() if number == processes}
+            made = {name: [tmp_path_factory.mktemp("parity") / model for model in alike[name]] for name in alike}
+            for folder in itertools.chain(*made.values()):
+                write_reference(folder, MODELS[folder.name])
+            runs = [(LAYOUTS[name][1], list(map(str, made[name]))) for name in alike]
+            launch(WORKER, json.dumps(runs), processes=processes)
+            folders.update(made)
+        return folders[layout]
+
+    return compute
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_gradients_and_exported_weights_are_those_of_transformers(tmp_path: Path, layout: str) -> None:
-    processes, settings, names = LAYOUTS[layout]
-    for name in names:
-        write_reference(tmp_path / name, MODELS[name])
-    launch(WORKER, json.dumps(settings), *(str(tmp_path / name) for name in names), processes=processes)
-    for name in names:
-        check(tmp_path / name, 1e-4)
+def test_logits_gradients_and_exported_weights_are_those_of_transformers(
+    computed: Callable[[str], list[Path]], layout: str
+) -> None:
+    for folder in computed(layout):
+        check(folder, 1e-4)
 
 
 def check(folder: Path, tolerance: float) -> None:

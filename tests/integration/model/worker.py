@@ -1,7 +1,8 @@
-"""One process of models under test: `worker.py LAYOUT-AS-JSON FOLDER...`, beside the others under torchrun.
+"""One process of models under test: `worker.py RUNS-AS-JSON`, beside the others under torchrun.
 
-Reads each FOLDER/weights and reference.pt; writes FOLDER/out: `exported` (the weights as read), `gradients_whole` and
-`gradients_packed` (gradients in the place of weights) and `figures.json`.
+RUNS: [[fields of a layout, [FOLDER, ...]], ...], one after the other. Reads each FOLDER/weights and reference.pt;
+writes FOLDER/out: `exported` (the weights as read), `gradients_whole` and `gradients_packed` (gradients in the place of
+weights) and `figures.json`.
 """
 
 import json
@@ -13,7 +14,7 @@ from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
 from megatron_klong.model.context_parallel import held_positions
 from megatron_klong.model.hugging_face import load_hugging_face, save_hugging_face
-from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.model.parallel import destroy, initialize, initialize_groups
 
 # isort: split
 import torch
@@ -27,10 +28,15 @@ from torch import distributed
 from tests.integration.model.reference import WINDOWS, next_loss_mask
 
 
-def main(layout: LayoutConfig, folders: list[Path]) -> None:
-    initialize(layout, seed=1)
-    for folder in folders:
-        work(folder, layout)
+def main(runs: list[tuple[dict[str, Any], list[str]]]) -> None:
+    initialize(LayoutConfig(), seed=1)  # once: processes that have met do not find each other a second time
+    for fields, folders in runs:
+        layout = LayoutConfig.model_validate_json(json.dumps(fields))
+        parallel_state.destroy_model_parallel()
+        initialize_groups(layout, seed=1)
+        for folder in folders:
+            print(layout, folder, flush=True)
+            work(Path(folder), layout)
     destroy()
 
 
@@ -149,4 +155,4 @@ def _gradients(trained: Any, reference: dict[str, Any], case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(LayoutConfig.model_validate_json(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
+    main(json.loads(sys.argv[1]))
