@@ -4,6 +4,7 @@ Inspect allows one evaluation a process, so a collector runs several of these. A
 disk before its line is printed; ended by its parent's death, it takes its sandboxes along.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -25,6 +26,9 @@ from megatron_klong.serve.turns import write_turns
 from megatron_klong.trajectory.episode import EPISODE_SUFFIX, write_episode
 
 POLICY = "klong/"
+# Messages and events of hours are held in memory, and hardly anything goes in cycles: looking for those at Python's own
+# intervals takes a sixth of a turn.
+_COLLECT = (50_000, 20, 50)
 _TRACE = 13  # Inspect's level below INFO: a file with each action, which takes 7 % of a turn
 
 
@@ -81,6 +85,7 @@ def main() -> int:
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     logging.disable(_TRACE)
+    gc.set_threshold(*_COLLECT)
     job = Job.model_validate_json(sys.stdin.buffer.read())
     model = load_model(job)
     turns = model.api.turns if isinstance(model.api, KlongAPI) else None

@@ -96,11 +96,20 @@ NASTY = {
 }
 
 
+# seconds of the soft and of the hard limit, and most turns
+LIMITS = [(6, 8, 5), pytest.param((18, 20, 100_000), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=["8 s", "20 s"])
 @pytest.mark.parametrize("name", NASTY)
 def test_an_episode_ends_at_its_deadline_whatever_a_command_does(
-    tmp_path: Path, tasks: Path, tokenizer: Path, name: str
+    tmp_path: Path, tasks: Path, tokenizer: Path, name: str, limits: tuple[int, int, int]
 ) -> None:
-    config = settings("--timeout", "6s", "--hard_timeout", "8s", "--command_timeout", "6s", "--turn_limit", "5")
+    soft, hard, turns = limits
+    config = settings(
+        *("--timeout", f"{soft}s", "--hard_timeout", f"{hard}s", "--command_timeout", f"{soft}s"),
+        *("--turn_limit", str(turns)),
+    )
     record = play_script(
         tmp_path, tokenizer, tasks / "t10", lambda number, messages: call("bash", cmd=NASTY[name]), config
     )
@@ -110,7 +119,7 @@ def test_an_episode_ends_at_its_deadline_whatever_a_command_does(
         if "flood" in name or "fills" in name
         else record.ending == "timed_out"
     )
-    assert record.seconds < 8 + 2
+    assert record.seconds < hard + 2
     assert record.score == 0.0
 
 
