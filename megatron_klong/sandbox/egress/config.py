@@ -31,7 +31,7 @@ class EgressConfig(BaseModel):
     have private addresses and ports other than 80 and 443."""
     fetchers: tuple[str, ...] = Field(default=(), strict=False)
     """Further hosts that fetch a URL named in their own (mirrors, archives): their TLS is opened to look for one that
-    the task forbids."""
+    the task forbids, and what has a body is refused, for it could be named there."""
     upstream_ca: str | None = None
     """PEM file of certificate authorities to trust besides the system's own, for internal services."""
     connections: int = Field(default=128, ge=1, le=4096)

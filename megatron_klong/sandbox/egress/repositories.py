@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from megatron_klong.sandbox.egress.urls import Segments
 
-# Sites that fetch a URL named in their path or query. Their TLS is opened to look for one that is blacklisted.
+# Sites that fetch a URL named in their path or query. Their TLS is opened to look for one that is blacklisted, and
+# they get no bodies.
 _FETCHERS = """
     web.archive.org archive.org archive.is archive.ph archive.today archive.li archive.vn archive.fo archive.md
     archive.softwareheritage.org webcache.googleusercontent.com translate.google.com 12ft.io
@@ -20,7 +21,7 @@ _FETCHERS = """
     cors-anywhere.herokuapp.com thingproxy.freeboard.io
     ghproxy.com mirror.ghproxy.com ghproxy.net ghproxy.cc gh-proxy.com ghfast.top ghps.cc gh.llkk.cc
     gh.api.99988866.xyz github.moeyy.xyz gitclone.com hub.gitmirror.com
-    sourcegraph.com
+    sourcegraph.com proxy.golang.org goproxy.io goproxy.cn
 """
 FETCHERS = frozenset(re.findall(r"\S+", _FETCHERS))
 TRANSLATED = ".translate.goog"  # github-com.translate.goog serves github.com
@@ -56,6 +57,10 @@ class Name:
         return not self.path and not self.query
 
 
+# Finds a repository by any pattern that its name fits.
+_SEARCH = Name(host="sourcegraph.com", path=(".api",))
+
+
 def names_of(host: str, path: Segments) -> tuple[Name, ...]:
     """All names of what `host/path` serves, that one first. Anything inside a repository stands for the repository.
 
@@ -86,12 +91,13 @@ def names_of(host: str, path: Segments) -> tuple[Name, ...]:
 def _github(path: Segments) -> tuple[Name, ...]:
     owner = path[0]
     if len(path) == 1:
-        return (*_at(path, [*_GITHUB, *_GITHUB_OWNER]), Name(host=f"{owner}.github.io"))
+        return (*_at(path, [*_GITHUB, *_GITHUB_OWNER]), Name(host=f"{owner}.github.io"), _SEARCH)
     repository = path[1].removesuffix(".git")
     pages = () if repository == f"{owner}.github.io" else (repository,)
     others = (
         Name(host=f"{owner}.github.io", path=pages),
         Name(host="api.github.com", path=("graphql",)),  # names a repository in its body, which is not read
+        _SEARCH,
     )
     return _at((owner, repository), _GITHUB) + others
 
@@ -103,7 +109,7 @@ def _gitlab(host: str, path: Segments) -> tuple[Name, ...]:
     if host != "gitlab.com":
         return _at(path, places)
     pages = Name(host=f"{path[0]}.gitlab.io", path=path[1:])
-    return (*_at(path, [*places, "cdn.statically.io/gl", "glcdn.githack.com", "gl.githack.com"]), pages)
+    return (*_at(path, [*places, "cdn.statically.io/gl", "glcdn.githack.com", "gl.githack.com"]), pages, _SEARCH)
 
 
 def _hugging_face(path: Segments) -> tuple[Name, ...]:

@@ -14,6 +14,7 @@ is, unless it names a forbidden one in its path or query, as proxies and archive
 blacklist is read, no name is resolved. Not caught: a URL that is disguised in a way of the server's own (base64).
 """
 
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,15 +33,18 @@ from megatron_klong.sandbox.egress.urls import (
     normal_host,
     readings,
     rule_host,
+    visible,
 )
 
 _SCHEME = re.compile(r"^(?:git\+)?(?:https?|git|ssh)://", re.IGNORECASE)
 _SCP = re.compile(r"^[\w.-]+@([\w.-]+):(?!\d+/)(.*)$")
 _COMMENT = re.compile(r"(?:^|\s)#.*$")
 _SEPARATOR = re.compile(r"^(?:[/\\:]|%2f|%3a)+")  # between the host and the path of a URL inside a text
+_REST = re.compile(r"(?:[/\\:?]|%2f|%3a)[^\s\"'<>|^`{}]*")
 _PUNCTUATION = ".,;:!?)]}*_\u2026"  # of the text around it
-_LONGEST_REST = 600
+_LONGEST_REST = 600  # of a URL inside a text that is no URL itself
 _LONGEST_URL = 32768
+_MOST_NAMED = 2 * _LONGEST_URL  # characters of all URLs inside one, at all levels: what looking at them may cost
 
 
 class BlacklistError(ValueError):
@@ -138,8 +142,8 @@ class Blacklist:
                 return _forbidden(rule)
         return ALLOWED
 
-    def verdict(self, host: str, path: str, query: str = "") -> Verdict:
-        """On one URL. `host` in any spelling; `path` and `query` as they were sent."""
+    def verdict(self, host: str, path: str, query: str = "", *, body: bool = False) -> Verdict:
+        """On one URL. `host` in any spelling; `path` and `query` as they were sent; `body`: there may be one."""
         if len(path) + len(query) > _LONGEST_URL:
             return Verdict(allowed=False, reason=f"the URL is longer than {_LONGEST_URL} characters")
         try:
@@ -149,6 +153,8 @@ class Blacklist:
             verdict = self.host_verdict(found)
             if not verdict.allowed or not self.entries:
                 return verdict
+            if body and rule_host(found) in self._fetchers:
+                return Verdict(allowed=False, reason=f"a body could name what {found} is to fetch, so it gets none")
             return self._path_verdict(found, path, query)
         except Disguised as error:
             return Verdict(allowed=False, reason=str(error))
@@ -156,19 +162,17 @@ class Blacklist:
     def references(self, text: str) -> Iterator[Reference]:
         """Where a text names something forbidden, in whatever spelling, as URL, `git@host:path` or plain `host/path`.
 
-        A text that is encoded too deeply is searched as far as it goes.
+        A text that is encoded too deeply is searched as it stands, and a URL in it that is Disguised is none.
         """
-        if self._inside is None:
-            return
         seen = set()
         for level in _levels(folded(text)):
-            for match in self._inside.finditer(level):
-                rest = _SEPARATOR.sub("/", match["rest"] or "").rstrip(_PUNCTUATION)
-                for rule in self._rules_for(match["host"], rest):
-                    reference = Reference(rule=rule, url=match[0].rstrip(_PUNCTUATION))
-                    if reference not in seen:
-                        seen.add(reference)
-                        yield reference
+            for url, host, rest in self._urls_in(folded(level), _LONGEST_REST):
+                with contextlib.suppress(Disguised):
+                    for rule in self._rules_for(host, rest):
+                        reference = Reference(rule=rule, url=url)
+                        if reference not in seen:
+                            seen.add(reference)
+                            yield reference
 
     def _add(self, entry: str) -> None:
         host, path, query = _parsed(entry)
@@ -187,11 +191,33 @@ class Blacklist:
             original = translated.replace("--", "\0").replace("-", ".").replace("\0", "-")
             for rule in self._rules_for(original, f"{path}?{query}"):
                 return _forbidden(rule)
-        for text in (path, query):
-            for variant in dict.fromkeys((text, text.replace("!", ""))):  # Go writes a capital A as !a
-                for found in self.references(variant):
-                    return _forbidden(found.rule)
+        seen, named = set(), 0
+        for level in decodings(folded(f"{path}?{query}")):
+            for text in _spellings(level):
+                for _, inner, rest in self._urls_in(text, len(text)):
+                    if (inner, rest) in seen:
+                        continue
+                    seen.add((inner, rest))
+                    named += len(rest)
+                    if named > _MOST_NAMED:
+                        raise Disguised("names hosts with rules more often than any honest URL")
+                    for rule in self._rules_for(inner, rest):
+                        return _forbidden(rule)
         return ALLOWED
+
+    def _urls_in(self, text: str, longest: int) -> Iterator[tuple[str, str, str]]:
+        """Where a (folded) text names a host with rules: the URL as it stands, the host, its path and query.
+
+        One URL may be inside another. Of each, `longest` characters after the host are looked at.
+        """
+        for match in () if self._inside is None else self._inside.finditer(text):
+            rest = _REST.match(text, match.end(), match.end() + longest)
+            found = "" if rest is None else rest[0]
+            yield (
+                (match[0] + found).rstrip(_PUNCTUATION),
+                match["host"],
+                _SEPARATOR.sub("/", found).rstrip(_PUNCTUATION),
+            )
 
     def _rules_for(self, host: str, rest: str) -> Iterator[str]:
         """The rules for a host and the path and query after it."""
@@ -216,13 +242,19 @@ class Blacklist:
         hosts += [rf"(?:[a-z0-9_-]+\.)*{re.escape(domain)}" for domain in self._domains]
         if not hosts:
             return None
-        before = r"(?<![a-z0-9_.-])(?:www\.)?"
-        rest = rf"(?P<rest>(?:[/\\:?]|%2f|%3a)[^\s\"'<>|^`{{}}]{{0,{_LONGEST_REST}}})?"
-        return re.compile(rf"{before}(?P<host>{'|'.join(hosts)})\.?(?![a-z0-9_-]|\.[a-z0-9])(?::\d+(?=/))?{rest}")
+        before, port = r"(?<![a-z0-9_.-])(?:www\.)?", r"(?::\d+(?=[/\\?]|%2f|%5c))?"
+        return re.compile(rf"{before}(?P<host>{'|'.join(hosts)})\.?(?![a-z0-9_-]|\.[a-z0-9]){port}")
 
 
 def _forbidden(rule: str) -> Verdict:
     return Verdict(allowed=False, rule=rule, reason=f"the task's blacklist forbids {rule}")
+
+
+def _spellings(level: str) -> Iterable[str]:
+    """In what ways a server may read a part of a URL: Go writes a capital A as !a, a search may escape dots."""
+    plain = folded(level)
+    texts = (plain, visible(plain))
+    return dict.fromkeys(spelled for text in texts for spelled in (text, text.replace("!", ""), text.replace("\\", "")))
 
 
 def _levels(text: str) -> Sequence[str]:

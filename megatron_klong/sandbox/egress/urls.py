@@ -19,7 +19,12 @@ _MOST_LEVELS = 16  # of percent-encoding
 _MOST_STEPS_UP = 64
 _HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*")
 _NUMBER_LABEL = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)")
-_INVISIBLE = re.compile(r"[\x00-\x20\x7f\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff]")
+# What IDNA drops from a name, and other characters without a width.
+_WIDTHLESS = (
+    "\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff"
+)
+_INVISIBLE = re.compile(rf"[\x00-\x20\x7f\u0085\u00a0\u2028\u2029{_WIDTHLESS}]")
+_UNSEEN = re.compile(rf"[{_WIDTHLESS}]")
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")  # what the name of an owner or a repository is made of
 
 
@@ -116,8 +121,9 @@ def visible(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Text with look-alikes of ASCII (full-width letters, ideographic full stops) made ASCII, in lower case."""
-    return unicodedata.normalize("NFKC", text).replace("\u3002", ".").lower()
+    """Text in lower case, with look-alikes of ASCII (full-width letters, ideographic full stops) made ASCII, without
+    characters that have no width."""
+    return _UNSEEN.sub("", unicodedata.normalize("NFKC", text)).replace("\u3002", ".").lower()
 
 
 def _walk(segments: list[str]) -> Iterator[Segments]:

@@ -158,6 +158,54 @@ def test_names_on_other_hosts(entry: str, url: str) -> None:
     assert forbids(Blacklist.parse(entry), url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "r.jina.ai/https://%EF%BD%87ithub.com/owner/repo",
+        "r.jina.ai/https://git%C2%ADhub.com/owner/repo",
+        "r.jina.ai/https://git%25E2%2580%258Bhub.com/owner/repo",
+        "r.jina.ai/https://github.com:443\\owner/repo",
+        "r.jina.ai/https://openreview.net/forum?id=x1",
+        "api.allorigins.win/get?url=https%3A%2F%2Fgit%09hub.com%2Fowner%2Frepo",
+        "api.allorigins.win/get?url=https://github%E3%80%82com/owner/repo",
+        "api.allorigins.win/get?before=github.com/x&url=https://github.com/owner/repo",
+        "api.allorigins.win/get?text=see%20github.com/owner/repo",
+        f"r.jina.ai/https://github.com/{'./' * 301}owner/repo",
+        f"r.jina.ai/https://github.com/{'%2e/' * 301}owner/repo",
+        f"web.archive.org/web/2020id_/https://github.com{'/' * 601}owner/repo",
+        f"web.archive.org/web/2020id_/https://github.com/{'a-long-name/../' * 60}owner/repo",
+        f"r.jina.ai/https://github.com/{chr(0xFDFA) * 2000}/../owner/repo",
+        "modules.example.org/github.com/%21owner/re%21po/@v/list",
+        "sourcegraph.com/search?q=repo:^github%5C.com/owner/repo$",
+        "sourcegraph.com/search?q=repo:^github\\.com/owner/repo$",
+        "sourcegraph.com/.api/search/stream?q=repo:github.*er/rep",
+        "proxy.golang.org/github.com/owner/repo/@v/list",
+    ],
+)
+def test_a_url_inside_another_is_found_however_it_is_disguised(url: str) -> None:
+    blacklist = Blacklist(["owner/repo", "openreview.net/forum?id=x1"])
+    assert forbids(blacklist, url)
+    of_others = url.replace("owner", "other").replace("x1", "x2")
+    assert not forbids(blacklist, of_others) or ".api" in url
+
+
+def test_a_url_that_is_all_names_is_refused_in_bounded_time() -> None:
+    verdict = Blacklist(["owner/repo"]).verdict("r.jina.ai", "/" + "github.com/" * 2900 + "%" + "25" * 14 + "41")
+    assert "more often than any honest URL" in verdict.reason
+    assert Blacklist(["owner/repo"]).verdict("r.jina.ai", "/" + "github.com/x/" * 50).allowed
+
+
+def test_what_fetches_urls_is_told_them_where_they_can_be_read() -> None:
+    blacklist = Blacklist(["owner/repo"], fetchers=["mirror.example.com"])
+    for host in ("r.jina.ai", "mirror.example.com", "www.archive.org"):
+        refused = blacklist.verdict(host, "/", body=True)
+        assert not refused.allowed
+        assert (refused.rule, "a body" in refused.reason) == (None, True)
+        assert blacklist.verdict(host, "/").allowed
+        assert Blacklist(fetchers=["mirror.example.com"]).verdict(host, "/", body=True).allowed
+    assert blacklist.verdict("github.com", "/owner/other.git/git-upload-pack", body=True).allowed
+
+
 def test_what_only_resembles_a_name_is_allowed() -> None:
     blacklist = Blacklist.parse("https://huggingface.co/datasets/owner/set\nhttps://github.com/owner/repo")
     allowed = [
@@ -178,6 +226,7 @@ def test_what_only_resembles_a_name_is_allowed() -> None:
 def test_tls_is_opened_only_where_the_host_does_not_decide() -> None:
     blacklist = Blacklist.parse(f"{FORBIDDEN}\nexample.org", fetchers=["mirror.example.com"])
     opened = ["github.com", "www.github.com", "api.github.com", "codeload.github.com", "ghproxy.com"]
+    opened += ["proxy.golang.org", "goproxy.io", "goproxy.cn", "sourcegraph.com"]
     assert all(map(blacklist.opens, [*opened, "mirror.example.com", "github-com.translate.goog"]))
     assert not any(map(blacklist.opens, ["index.example.net", "example.org", "gitlab.com", "huggingface.co"]))
 
@@ -194,10 +243,18 @@ def test_tls_is_opened_only_where_the_host_does_not_decide() -> None:
         "https://user:token@github.com:443/ROIM1998/APT",
         "https://\uff47\uff49\uff54hub.com/ROIM1998/APT",
         "https://github\u3002com/ROIM1998/APT",
+        "https://git\u00adhub.com/ROIM1998/APT",
+        "https://github.com/a,https://github.com/ROIM1998/APT",
         "https://github.com/x/../ROIM1998/./APT/tree/main",
     ],
 )
 def test_references_inside_a_text(text: str) -> None:
+    assert [found.rule for found in Blacklist.parse(FORBIDDEN).references(text)] == [FORBIDDEN]
+
+
+@pytest.mark.parametrize("path", ["%" + "25" * 40 + "41", "a/../" * 70 + "x"])
+def test_what_is_disguised_in_a_text_is_no_error(path: str) -> None:
+    text = f"github.com/{path} https://github.com/ROIM1998/APT"
     assert [found.rule for found in Blacklist.parse(FORBIDDEN).references(text)] == [FORBIDDEN]
 
 
