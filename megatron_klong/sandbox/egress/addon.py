@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _REFUSED = "refused: "  # before the reason, where only mitmproxy's error text can carry it
 _SMALL_BODY = 65536
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _ENCRYPTED_CLIENT_HELLO = 0xFE0D
 _CHECK_FAILED = Verdict(allowed=False, reason="the check of this request failed")
 
@@ -48,6 +49,7 @@ class _Unreachable(OSError):
 class _Client:
     """A connection from a sandbox."""
 
+    source: str
     blacklist: Blacklist
     log: RequestLog
 
@@ -74,13 +76,14 @@ class Egress:
         if source not in self._logs:
             limit_bytes = int(self._config.log_mib * 2**20)
             self._logs[source] = RequestLog(self._requests / f"{source}.jsonl", limit_bytes=limit_bytes)
-        self._clients[client.id] = _Client(blacklist=blacklist, log=self._logs[source])
+        self._logs[source].users += 1
+        self._clients[client.id] = _Client(source=source, blacklist=blacklist, log=self._logs[source])
         client.error = None
 
     def client_disconnected(self, client: connection.Client) -> None:
         gone = self._clients.pop(client.id, None)
-        if gone is not None and not any(other.log is gone.log for other in self._clients.values()):
-            self._logs.pop(client.peername[0]).close()
+        if gone is not None:
+            self._release(gone)
 
     async def http_connect(self, flow: http.HTTPFlow) -> None:
         await self._decide(flow, self._check_connect)
@@ -138,30 +141,39 @@ class Egress:
         flow.kill()  # type: ignore[no-untyped-call]
 
     async def _decide(self, flow: http.HTTPFlow, check: Callable[[_Client, http.Request], Awaitable[Verdict]]) -> None:
-        """Record the verdict, and answer the request unless it may go on."""
+        """Answer the request unless it may go on, then record the verdict: it holds whatever becomes of the log."""
         client = self._clients.get(flow.client_conn.id)
         if client is None:
             flow.kill()  # type: ignore[no-untyped-call]
             return
         request = flow.request
         failure = ""
+        client.log.users += 1  # the client may be gone before the check is done
         try:
-            verdict = await check(client, request)
-        except _Unreachable as error:
-            verdict, failure = ALLOWED, str(error)
-        except Exception:  # whatever it is, mitmproxy would let the request pass
-            logger.exception("a check failed")
-            verdict = _CHECK_FAILED
-        path = None if request.method == "CONNECT" else request.path
-        self._record(client, (request.host, request.port), request.method, verdict, path=path, failure=failure)
-        if failure:
-            _answer(flow, 502, f"The sandbox's network cannot reach it: {failure}\n")
-        elif not verdict.allowed:
-            _answer(flow, 403, f"Refused by the rules of the sandbox's network: {verdict.reason}\n")
+            try:
+                verdict = await check(client, request)
+            except _Unreachable as error:
+                verdict, failure = ALLOWED, str(error)
+            except Exception:  # whatever it is, mitmproxy would let the request pass
+                logger.exception("a check failed")
+                verdict = _CHECK_FAILED
+            if failure:
+                _answer(flow, 502, f"The sandbox's network cannot reach it: {failure}\n")
+            elif not verdict.allowed:
+                _answer(flow, 403, f"Refused by the rules of the sandbox's network: {verdict.reason}\n")
+            path = None if request.method == "CONNECT" else request.path
+            self._record(client, (request.host, request.port), request.method, verdict, path=path, failure=failure)
+        finally:
+            self._release(client)
+
+    def _release(self, client: _Client) -> None:
+        client.log.users -= 1
+        if not client.log.users:
+            self._logs.pop(client.source).close()
 
     async def _check_connect(self, client: _Client, request: http.Request) -> Verdict:
         verdict = self._check_target(client, request.host, request.port, (HTTP_PORT, HTTPS_PORT))
-        return await self._check_address(request) if verdict.allowed else verdict
+        return await self._check_address(client, request) if verdict.allowed else verdict
 
     async def _check_request(self, client: _Client, request: http.Request) -> Verdict:
         port = HTTPS_PORT if request.scheme == "https" else HTTP_PORT
@@ -173,8 +185,8 @@ class Egress:
             if claimed and normal_host(claimed) != host:
                 return Verdict(allowed=False, reason=f"its Host header names another host, {claimed[:100]!r}")
         path, _, query = request.path.partition("?")
-        verdict = client.blacklist.verdict(request.host, path, query)
-        return await self._check_address(request) if verdict.allowed else verdict
+        verdict = client.blacklist.verdict(request.host, path, query, body=_may_have_body(request))
+        return await self._check_address(client, request) if verdict.allowed else verdict
 
     def _check_target(self, client: _Client, name: str, port: int, ports: tuple[int, ...]) -> Verdict:
         host = normal_host(name)
@@ -191,14 +203,16 @@ class Egress:
             return Verdict(allowed=False, reason=f"{host} is not among the hosts that are allowed")
         return client.blacklist.host_verdict(host)
 
-    async def _check_address(self, request: http.Request) -> Verdict:
+    async def _check_address(self, client: _Client, request: http.Request) -> Verdict:
         """Early, for an answer that says why; the connection itself asks the same resolver."""
         try:
-            await self._resolver.resolve(request.host, request.port)
+            await self._resolver.resolve(request.host, request.port, source=client.source)
         except AddressRefused as error:
             return Verdict(allowed=False, reason=str(error))
         except OSError as error:
-            raise _Unreachable(f"{request.host}: {error.strerror or error}") from error
+            raise _Unreachable(
+                f"{request.host}: {error.strerror or str(error) or 'its name was not found in time'}"
+            ) from error
         return ALLOWED
 
     def _record(
@@ -211,19 +225,28 @@ class Egress:
         path: str | None = None,
         failure: str = "",
     ) -> None:
+        """Write a request down. That it cannot be is no reason to break off in the middle of a hook."""
         outcome: Outcome = "failed" if failure else "allowed" if verdict.allowed else "refused"
-        client.log.add(
-            EgressRequest(
-                time_seconds=time.time(),
-                method=method,
-                host=address[0],
-                port=address[1],
-                path=path,
-                verdict=outcome,
-                rule=verdict.rule,
-                reason=failure or verdict.reason,
-            )
+        found = EgressRequest(
+            time_seconds=time.time(),
+            method=method,
+            host=address[0],
+            port=address[1],
+            path=path,
+            verdict=outcome,
+            rule=verdict.rule,
+            reason=failure or verdict.reason,
         )
+        try:
+            client.log.add(found)
+        except OSError:
+            logger.exception("a request cannot be written down")
+
+
+def _may_have_body(request: http.Request) -> bool:
+    headers = request.headers
+    declared = headers.get("content-length", "0").strip() != "0" or "transfer-encoding" in headers
+    return declared or request.method not in _WITHOUT_BODY
 
 
 def _answer(flow: http.HTTPFlow, status: int, text: str) -> None:

@@ -7,6 +7,7 @@
 Always: a policy is there whole or not at all; a sandbox without one may fetch nothing. One process writes a log.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -51,9 +52,10 @@ class Counts:
 
 
 class RequestLog:
-    """The log of one sandbox, open for writing."""
+    """The log of one sandbox, open for writing. `users` counts who may still add to it; the last one closes it."""
 
     def __init__(self, file: Path, *, limit_bytes: int) -> None:
+        self.users = 0
         self._limit_bytes = limit_bytes
         self._lines = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._bytes = os.fstat(self._lines).st_size
@@ -62,7 +64,9 @@ class RequestLog:
         self._counts = os.open(counts_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def add(self, request: EgressRequest) -> None:
-        """Write a request down."""
+        """Write a request down; does nothing once the log is closed. OSError where not even the counts can be."""
+        if self._lines < 0:
+            return
         fields = {
             key: value[:_LONGEST_TEXT] if isinstance(value, str) else value
             for key, value in dataclasses.asdict(request).items()
@@ -70,17 +74,25 @@ class RequestLog:
         line = json.dumps(fields).encode() + b"\n"
         self._numbers[request.verdict] += 1
         self._numbers["forbidden"] += request.rule is not None
-        if self._bytes + len(line) <= self._limit_bytes:
-            self._bytes += os.write(self._lines, line)
-        else:
+        if self._bytes + len(line) > self._limit_bytes or not self._appended(line):
             self._numbers["unlogged"] += 1
         # in place and always as long: a reader finds the old numbers or the new
         os.pwrite(self._counts, json.dumps(self._numbers).encode().ljust(_COUNTS_BYTES), 0)
 
     def close(self) -> None:
-        """Let go of the files."""
-        os.close(self._lines)
-        os.close(self._counts)
+        """Let go of the files. May be called again."""
+        descriptors, self._lines, self._counts = {self._lines, self._counts} - {-1}, -1, -1
+        for descriptor in descriptors:  # their numbers are soon those of other files
+            os.close(descriptor)
+
+    def _appended(self, line: bytes) -> bool:
+        """Whether all of a line was written, as it is not on a full disk; no half line stays."""
+        with contextlib.suppress(OSError):
+            if os.write(self._lines, line) == len(line):
+                self._bytes += len(line)
+                return True
+        os.ftruncate(self._lines, self._bytes)
+        return False
 
 
 def read_requests(file: Path) -> list[EgressRequest]:

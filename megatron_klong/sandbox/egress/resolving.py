@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakValueDictionary
 
 from megatron_klong.sandbox.egress.config import EgressConfig
 from megatron_klong.sandbox.egress.urls import normal_host
@@ -25,7 +26,8 @@ type AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tupl
 type Lookup = Callable[[str, int], Awaitable[list[AddressInfo]]]
 
 _LOOKUP_SECONDS = 15.0
-_LOOKUP_THREADS = 64  # a sandbox that asks for names whose servers are slow must not hold up the others
+_LOOKUP_THREADS = 64  # a sandbox that asks for names whose servers are slow must not hold up the others, so each
+_LOOKUPS_OF_A_SOURCE = 8  # may have so many of them
 _KEEP_SECONDS = 10.0
 _KEEP_NAMES = 1024
 # Not for connections of strangers, though some versions of Python call them global.
@@ -36,6 +38,7 @@ _NEVER = [
         "10.0.0.0/8",
         "100.64.0.0/10",
         "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's own services, for each of its machines
         "169.254.0.0/16",
         "172.16.0.0/12",
         "192.0.0.0/24",
@@ -103,9 +106,13 @@ class Resolver:
         self._config = config
         self._lookup = lookup
         self._kept: dict[tuple[str, int], tuple[float, list[AddressInfo]]] = {}
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by source, while in use
 
-    async def resolve(self, host: str, port: int) -> list[AddressInfo]:
-        """Where to connect to. AddressRefused, or the OSError of a name that has no address."""
+    async def resolve(self, host: str, port: int, *, source: str | None = None) -> list[AddressInfo]:
+        """Where to connect to. AddressRefused, or the OSError of a name that has no address.
+
+        `source`: who asks, with whose other look-ups this one shares its places.
+        """
         name = normal_host(host) or ""
         named = self._config.address(name, port)
         if named is not None:
@@ -115,7 +122,7 @@ class Resolver:
         if time.monotonic() < until:
             return answer
         async with asyncio.timeout(_LOOKUP_SECONDS):
-            answer = await self._lookup(host, port)
+            answer = await (self._lookup(host, port) if source is None else self._in_place(source, host, port))
         for *_, (address, *_) in answer:
             if not is_public(address):
                 raise AddressRefused(f"{host} has the address {address}, which is not public")
@@ -127,6 +134,20 @@ class Resolver:
             self._kept.clear()
         self._kept[host, port] = time.monotonic() + _KEEP_SECONDS, answer
         return answer
+
+    async def _in_place(self, source: str, host: str, port: int) -> list[AddressInfo]:
+        """Look a name up when the source has a place. A thread cannot be cancelled: it keeps its place to its end."""
+        places = self._places.setdefault(source, asyncio.Semaphore(_LOOKUPS_OF_A_SOURCE))
+        await places.acquire()
+        looking = asyncio.ensure_future(self._lookup(host, port))
+
+        def ended(looking: "asyncio.Future[list[AddressInfo]]") -> None:
+            places.release()
+            if not looking.cancelled():
+                looking.exception()  # seen, should nobody wait for it any more
+
+        looking.add_done_callback(ended)
+        return await asyncio.shield(looking)
 
 
 class CheckedLoop(asyncio.SelectorEventLoop):

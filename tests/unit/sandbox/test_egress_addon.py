@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from mitmproxy.connection import Server
+from mitmproxy.http import Headers
 from mitmproxy.test import tflow
 
 from megatron_klong.sandbox.egress.addon import Egress
 from megatron_klong.sandbox.egress.config import EgressConfig
-from megatron_klong.sandbox.egress.records import Policies, read_requests
+from megatron_klong.sandbox.egress.records import EgressRequest, Policies, RequestLog, read_requests
 from megatron_klong.sandbox.egress.resolving import AddressInfo, Resolver
 from megatron_klong.sandbox.egress.rules import Blacklist
 
@@ -52,6 +53,43 @@ def test_a_check_that_fails_refuses(egress: Egress, tmp_path: Path) -> None:
     ] * 2
 
 
+def test_a_log_that_cannot_be_written_changes_no_verdict(egress: Egress, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: RequestLog, request: EgressRequest) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RequestLog, "add", full)
+    flow = flow_to("github.com", known_to=egress)
+    flow.request.path = "/owner/repo"
+    asyncio.run(egress.requestheaders(flow))
+    assert flow.response.status_code == 403
+    server, hello = Server(address=("example.org", 443)), SimpleNamespace(sni="example.com", extensions=[])
+    data = SimpleNamespace(
+        context=SimpleNamespace(client=flow.client_conn, server=server), client_hello=hello, ignore_connection=False
+    )
+    egress.tls_clienthello(data)  # type: ignore[arg-type]
+    assert server.error is not None
+
+
+@pytest.mark.parametrize(
+    ("method", "header", "refused"),
+    [
+        ("POST", (), True),
+        ("GET", (b"content-length", b"9"), True),
+        ("GET", (b"transfer-encoding", b"chunked"), True),
+        ("GET", (b"content-length", b"0"), False),
+        ("HEAD", (), False),
+    ],
+)
+def test_what_could_tell_a_fetcher_its_url_in_a_body_is_refused(
+    egress: Egress, tmp_path: Path, method: str, header: tuple[bytes, bytes] | tuple[()], refused: bool
+) -> None:
+    flow = flow_to("r.jina.ai", known_to=egress)
+    flow.request.method, flow.request.headers = method, Headers([header] if header else [])
+    asyncio.run(egress.requestheaders(flow))
+    [found] = read_requests(tmp_path / f"{SOURCE}.jsonl")
+    assert ("a body" in found.reason) is refused  # else it is the resolver that fails
+
+
 def test_an_unknown_client_gets_nothing_from_any_hook(egress: Egress) -> None:
     for hook in (egress.http_connect, egress.requestheaders):
         flow = flow_to("example.org")
@@ -88,6 +126,30 @@ def test_the_last_gate_knows_the_same_rules(egress: Egress) -> None:
         server = Server(address=address)
         asyncio.run(egress.server_connect(SimpleNamespace(client=client, server=server)))  # type: ignore[arg-type]
         assert (server.error is None) is allowed
+
+
+def test_files_are_open_while_a_check_runs_though_its_client_is_gone(egress: Egress, tmp_path: Path) -> None:
+    async def main() -> None:
+        asked = asyncio.Event()
+
+        async def slow(host: str, port: int) -> list[AddressInfo]:
+            await asked.wait()
+            raise ZeroDivisionError
+
+        egress._resolver = Resolver(EgressConfig(mode="open"), slow)
+        flow = flow_to("example.org", known_to=egress)
+        deciding = asyncio.create_task(egress.requestheaders(flow))
+        await asyncio.sleep(0)
+        egress.client_disconnected(flow.client_conn)
+        again = flow_to("x", known_to=egress).client_conn
+        egress.client_disconnected(again)
+        assert SOURCE in egress._logs
+        asked.set()
+        await deciding
+        assert egress._logs == {}
+
+    asyncio.run(main())
+    assert len(read_requests(tmp_path / f"{SOURCE}.jsonl")) == 1
 
 
 def test_files_are_closed_with_the_last_connection(egress: Egress) -> None:

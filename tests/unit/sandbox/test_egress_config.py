@@ -1,5 +1,6 @@
 """What can be configured about the network, what contradicts itself, and the records between runner and proxy."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_a_log_is_bounded_and_so_is_each_line(tmp_path: Path) -> None:
     assert file.stat().st_size <= 5_000
     assert read_counts(file) == Counts(refused=100, unlogged=100 - len(read_requests(file)))
     assert len(read_requests(file)) > 3
+
+
+def test_a_closed_log_writes_to_no_file_that_has_its_descriptors_now(tmp_path: Path) -> None:
+    log = RequestLog(tmp_path / "log.jsonl", limit_bytes=5_000)
+    log.close()
+    log.close()
+    with (tmp_path / "another").open("wb"), (tmp_path / "third").open("wb"):
+        log.add(request(1, "allowed"))
+    assert [(tmp_path / name).stat().st_size for name in ("another", "third", "log.jsonl")] == [0, 0, 0]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    file = tmp_path / "log.jsonl"
+    log = RequestLog(file, limit_bytes=5_000)
+    log.add(request(1, "allowed"))
+    monkeypatch.setattr("os.write", lambda descriptor, data: write(descriptor, data[:20]))
+    log.add(request(2, "allowed"))
+    monkeypatch.undo()
+    log.add(request(3, "allowed"))
+    log.close()
+    assert read_requests(file) == [request(1, "allowed"), request(3, "allowed")]
+    assert read_counts(file) == Counts(allowed=3, unlogged=1)
 
 
 def test_policies_appear_whole_change_and_go(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Names become public addresses or nothing, and one answer serves both the check and the connection."""
 
 import asyncio
+import gc
 import socket
 
 import pytest
 
+from megatron_klong.sandbox.egress import resolving
 from megatron_klong.sandbox.egress.config import EgressConfig
 from megatron_klong.sandbox.egress.resolving import (
     AddressInfo,
@@ -45,8 +47,8 @@ def test_addresses_of_the_internet(address: str) -> None:
 @pytest.mark.parametrize(
     "address",
     """
-    0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.64.0.1 169.254.169.254 172.31.0.1 192.168.1.1 192.0.2.1 198.18.0.1
-    203.0.113.5 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255
+    0.0.0.0 10.0.0.1 100.64.0.1 127.0.0.1 127.64.0.1 168.63.129.16 169.254.169.254 172.31.0.1 192.168.1.1 192.0.2.1
+    198.18.0.1 203.0.113.5 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255
     :: ::1 ::127.0.0.1 ::ffff:10.0.0.1 64:ff9b::10.0.0.1 64:ff9b:1::1 2001:db8::1 2001::1 2002:7f00:1:: fc00::1 fd12::1
     fe80::1 fe80::1%eth0 fec0::1 ff02::1
     """.split(),  # noqa: SIM905
@@ -115,6 +117,37 @@ def test_a_name_without_address_is_an_error() -> None:
     resolver = Resolver(EgressConfig(mode="open"), NameServer([]))
     with pytest.raises(socket.gaierror):
         asyncio.run(resolver.resolve("absent.example.org", 443))
+
+
+def test_a_source_whose_names_are_slow_does_not_hold_up_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "_LOOKUP_SECONDS", 0.05)
+
+    async def main() -> None:
+        answering, running = asyncio.Event(), 0
+
+        async def slow(host: str, port: int) -> list[AddressInfo]:
+            nonlocal running
+            running += 1
+            if host.startswith("slow"):
+                await answering.wait()  # as a thread does, whoever has gone meanwhile
+            running -= 1
+            return answer("1.1.1.1")
+
+        resolver = Resolver(EgressConfig(mode="open"), slow)
+        for batch in range(2):  # the first one's time is up, but its threads are not free
+            names = [resolver.resolve(f"slow-{batch}-{n}.example.org", 443, source="127.64.0.1") for n in range(100)]
+            ended = await asyncio.gather(*names, return_exceptions=True)
+            assert {type(one) for one in ended} == {TimeoutError}
+            del names, ended  # with the frames that their tracebacks hold
+            assert running == 8
+        assert await resolver.resolve("quick.example.org", 443, source="127.64.0.2") == answer("1.1.1.1")
+        answering.set()
+        assert await resolver.resolve("quick-too.example.org", 443, source="127.64.0.1") == answer("1.1.1.1")
+        assert running == 0
+        gc.collect()
+        assert not resolver._places, "kept only while in use"
+
+    asyncio.run(main())
 
 
 def test_the_loop_itself_connects_to_no_private_address() -> None:
