@@ -11,7 +11,8 @@ entry towards the number of files, and files that were deleted but are still ope
 Not seen are deleted files that only a memory mapping or a message in a socket holds.
 
 The count walks an agent's files from outside. It opens nothing but directories, by descriptor and never through a
-link, and compares what `..` leads back to with where it came from.
+link, and compares what `..` leads back to with where it came from. An agent that moves its directories about can make
+a count incomplete: then all that the file system has lost since the last complete one is taken for its own.
 """
 
 import asyncio
@@ -20,21 +21,21 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 WATCH_SECONDS = 0.25
 BLOCK_BYTES = 512  # of st_blocks, on every file system
 ATTEMPTS = 3
 RECOUNT_SECONDS = 30.0  # counted again after so long in any case: what others delete hides what is written here
-COUNT_SHARE = 4  # counting takes at most a fifth of the time
+COUNT_SHARE = 4  # counting takes at most a fifth of the time, unless what is left may be used up already
 MOST_COUNTED = 4  # times the limit: beyond it, how much more does not matter
 SLACK_BYTES = 1024**2  # that a command in a full sandbox may add, in directories for instance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What files take. `complete` is False where counting stopped at a limit, or was led astray."""
+    """What files take. `complete` is False where counting was led astray, so that there may be more."""
 
     bytes: int
     files: int
@@ -51,31 +52,34 @@ class DiskWatch:
         self._most = Usage(bytes=most_bytes, files=most_files)
         self._allowed = self._most
         self._usage = Usage(bytes=0, files=0)
+        self._complete = self._usage  # the last count that was, and what the file system had left at that time
         self._free = free(directory)
         self._counted_at = time.monotonic()
         self._count_seconds = 0.0
 
     @property
     def full(self) -> bool:
-        """Whether there was more than there may be when it was counted last."""
+        """Whether there was more than there may be when it was counted last, or there may have been."""
         return self._usage.bytes > self._most.bytes or self._usage.files > self._most.files
 
     @property
     def usage(self) -> Usage:
-        """As it was counted last."""
+        """As it was counted last; what was not counted is taken to be as large as it can be."""
         return self._usage
 
     async def before_command(self, pids: Callable[[], Iterable[int]]) -> None:
         """Count if need be. What is there already may stay, so that a command can delete some of it."""
         if self.full or self._is_time():
             await self._count(pids)
+            if not self._usage.complete:
+                return
             slack = SLACK_BYTES if self.full else 0
             self._allowed = Usage(
                 bytes=max(self._most.bytes, self._usage.bytes + slack), files=max(self._most.files, self._usage.files)
             )
 
     async def exceeded(self, pids: Callable[[], Iterable[int]]) -> bool:
-        """Count if need be; whether there is more than allowed."""
+        """Count if need be; whether there is more than allowed, or may be, where it could not be counted."""
         if not self._is_time():
             return False
         await self._count(pids)
@@ -84,14 +88,15 @@ class DiskWatch:
     def _is_time(self) -> bool:
         """Whether so much was written, by whomever, that this sandbox may be near its limit; or it is long ago."""
         age = time.monotonic() - self._counted_at
+        bytes_left, files_left = free(self._directory)
+        bytes_gone, files_gone = self._free[0] - bytes_left, self._free[1] - files_left
+        bytes_room = self._allowed.bytes - self._complete.bytes
+        files_room = self._allowed.files - self._complete.files
+        if bytes_gone > bytes_room or files_gone > files_room:
+            return True
         if age < COUNT_SHARE * self._count_seconds:
             return False
-        bytes_left, files_left = free(self._directory)
-        return (
-            age > RECOUNT_SECONDS
-            or self._free[0] - bytes_left > (self._allowed.bytes - self._usage.bytes) / 2
-            or self._free[1] - files_left > (self._allowed.files - self._usage.files) / 2
-        )
+        return age > RECOUNT_SECONDS or bytes_gone > bytes_room / 2 or files_gone > files_room / 2
 
     async def _count(self, pids: Callable[[], Iterable[int]]) -> None:
         def counted() -> Usage:
@@ -99,8 +104,17 @@ class DiskWatch:
             return count(self._directory, self._names, pids(), most_bytes=most_bytes, most_files=most_files)
 
         started, left = time.monotonic(), free(self._directory)
-        self._usage = await asyncio.to_thread(counted)
-        self._free = left
+        found = await asyncio.to_thread(counted)
+        if found.complete:
+            self._complete, self._free = found, left
+        else:
+            bytes_gone, files_gone = (max(0, before - now) for before, now in zip(self._free, left, strict=True))
+            found = replace(
+                found,
+                bytes=max(found.bytes, self._complete.bytes + bytes_gone),
+                files=max(found.files, self._complete.files + files_gone),
+            )
+        self._usage = found
         self._counted_at = time.monotonic()
         self._count_seconds = self._counted_at - started
 
@@ -138,19 +152,22 @@ def count(directory: Path, names: Sequence[str], pids: Iterable[int], *, most_by
 
     Stops above either limit.
     """
-    for attempt in range(ATTEMPTS):
-        counted = _Count(most_bytes=most_bytes, most_files=most_files)
-        try:
-            for name in names:
-                _count_tree(directory, name, counted)
-            break
-        except _LedAstray:
-            if attempt + 1 == ATTEMPTS:
-                break  # with what was counted so far: the next count has its attempts too
+    counted, complete = _Count(most_bytes=most_bytes, most_files=most_files), True
+    for name in names:
+        for _ in range(ATTEMPTS):
+            attempt = replace(counted, devices=set(counted.devices), seen=set(counted.seen))
+            try:
+                _count_tree(directory, name, attempt)
+                break
+            except _LedAstray:
+                continue
+        else:  # what was found so far counts, and the next count has its attempts too
+            complete = False
+        counted = attempt
     for found in _deleted_but_open(pids):
         if found.st_dev in counted.devices and not counted.enough:
             counted.add(found)
-    return Usage(bytes=counted.bytes, files=counted.files, complete=not counted.enough)
+    return Usage(bytes=counted.bytes, files=counted.files, complete=complete)
 
 
 def free(path: Path) -> tuple[int, int]:
@@ -164,13 +181,15 @@ def free(path: Path) -> tuple[int, int]:
 
 def descendants(pid: int) -> Iterator[int]:
     """All processes below one."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
-                children = [int(child) for child in file.read().split()]
-            for child in children:
-                yield child
-                yield from descendants(child)
+    parents = [pid]  # no recursion: the agent decides how deep they are
+    while parents:
+        parent = parents.pop()
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for task in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{task}/children") as file:
+                    children = [int(child) for child in file.read().split()]
+                yield from children
+                parents += children
 
 
 def _count_tree(directory: Path, name: str, counted: _Count) -> None:

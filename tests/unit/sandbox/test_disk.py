@@ -1,16 +1,21 @@
 """What a sandbox's files may take: counting them, and the end of commands that write too much."""
 
 import asyncio
+import inspect
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_klong.sandbox import disk
 from megatron_klong.sandbox.bubblewrap import Bubblewrap
 from megatron_klong.sandbox.directories import remove
-from megatron_klong.sandbox.disk import Usage, count
+from megatron_klong.sandbox.disk import DiskWatch, Usage, count, descendants
 from megatron_klong.sandbox.limits import GIB, KIB, MIB, SandboxLimits
 from tests.unit.sandbox.machine import in_sandbox
 
@@ -42,8 +47,89 @@ def test_blocks_are_counted_once_and_links_are_not_followed(folder: Path) -> Non
         sparse.truncate(GIB)
     directory = (home / "sub").stat().st_blocks * 512
     assert counted(folder) == Usage(bytes=60 * KIB + directory, files=6)
-    assert not counted(folder, most_files=3).complete
-    assert not counted(folder, most_bytes=10 * KIB).complete
+    assert counted(folder, most_files=3).files == 4
+    assert 10 * KIB < counted(folder, most_bytes=10 * KIB).bytes < 60 * KIB
+
+
+def test_where_a_count_is_led_astray_the_rest_is_counted_and_that_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "home" / "sub").mkdir()
+    (folder / "tmp").mkdir()
+    (folder / "tmp" / "hidden").write_bytes(bytes(40 * KIB))
+    assert counted(folder).complete
+    opened = disk._open_directory
+    monkeypatch.setattr(disk, "_open_directory", lambda name, parent: None if name == ".." else opened(name, parent))
+    found = counted(folder)
+    assert (found.complete, found.files) == (False, 2)
+    assert found.bytes >= 40 * KIB
+
+
+class Watched:
+    """A watch with a limit of 100 bytes and 100 files, on a file system and files that the test makes up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free = (1000, 1000)
+        self.held = Usage(bytes=0, files=0)
+        self.counts = 0
+        monkeypatch.setattr(disk, "free", lambda path: self.free)
+        monkeypatch.setattr(disk, "count", self._count)
+        self.watch = DiskWatch(Path("/x"), ["home"], most_bytes=100, most_files=100)
+
+    def _count(self, *ignored: object, **limits: int) -> Usage:
+        self.counts += 1
+        return self.held
+
+    def exceeded(self) -> bool:
+        return asyncio.run(self.watch.exceeded(lambda: ()))
+
+    def before_command(self) -> None:
+        asyncio.run(self.watch.before_command(lambda: ()))
+
+
+def test_what_cannot_be_counted_is_taken_for_as_much_as_the_file_system_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    watched.free, watched.held = (940, 1000), Usage(bytes=10, files=1, complete=False)
+    assert not watched.exceeded()
+    assert not watched.watch.full
+    watched.free = (880, 1000)
+    watched.before_command()
+    assert (watched.watch.full, watched.watch.usage.bytes) == (True, 120)
+    assert watched.exceeded(), "a command that was begun meanwhile allows nothing more"
+    watched.held = Usage(bytes=10, files=1)
+    assert not watched.exceeded()
+    assert not watched.watch.full
+    watched.held, watched.free = Usage(bytes=10, files=1, complete=False), (880, 850)
+    assert watched.exceeded(), "so many files were made"
+
+
+def test_what_may_exceed_the_limit_is_counted_at_once_however_long_the_last_count_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched = Watched(monkeypatch)
+    watched.watch._count_seconds = 1000.0
+    watched.free, watched.held = (920, 1000), Usage(bytes=80, files=1)
+    assert (watched.exceeded(), watched.counts) == (False, 0)
+    watched.free, watched.held = (890, 1000), Usage(bytes=110, files=1)
+    assert (watched.exceeded(), watched.counts) == (True, 1)
+
+
+def test_processes_of_any_depth_are_found() -> None:
+    deep = (
+        "import os, time\nfor _ in range(60):\n if os.fork(): os.wait(); os._exit(0)\nprint(flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", deep], stdout=subprocess.PIPE) as top:
+        assert top.stdout is not None
+        top.stdout.readline()
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(len(inspect.stack()) + 40)
+        try:
+            found = list(descendants(top.pid))
+        finally:
+            sys.setrecursionlimit(limit)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+    assert len(found) == 60
 
 
 def test_a_deleted_file_counts_while_it_is_open(folder: Path) -> None:
