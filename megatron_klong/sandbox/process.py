@@ -7,7 +7,7 @@ waits for the end of a pipe, so a descriptor that leaked elsewhere cannot hold a
 Who waits for what, in `Child`:
     run       waits for _outcome, set by the exit of the process, an output over its limit, or `abort`;
               then for _exited, set when the process is reaped: deaf to cancellation, REAP_SECONDS at most
-    told      waits for _told, set when stderr has so many bytes or the process has ended
+    told      waits for _told, set when stderr holds a mark so often or the process has ended
     the loop  watches stdout and stderr (readable), stdin (writable), the process (its pidfd: readable = dead)
 
 A Child is started by the thread that runs the event loop, never by a helper thread: Linux delivers a
@@ -82,7 +82,8 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[None] = self._loop.create_future()
         self._exited: asyncio.Future[None] = self._loop.create_future()
-        self._told: tuple[int, asyncio.Future[None]] = (stderr_bytes + 1, self._loop.create_future())
+        self._told: asyncio.Future[None] = self._loop.create_future()
+        self._awaited: tuple[bytes, int] | None = None
         self._handshake = handshake
         self._unsent = memoryview(input or b"")
         self._started = time.monotonic()
@@ -142,11 +143,11 @@ class Child:
         """What it would come to if it were killed now."""
         return self._result(128 + signal.SIGKILL)
 
-    async def told(self, stderr_bytes: int) -> None:
-        """Wait until the process has printed so much to stderr, or has ended."""
-        self._told = (stderr_bytes, self._told[1])
+    async def told(self, mark: bytes, times: int) -> None:
+        """Wait until the process has printed `mark` so often to stderr, among other things, or has ended."""
+        self._awaited = (mark, times)
         self._tell()
-        await asyncio.wait([self._told[1]])
+        await asyncio.wait([self._told])
 
     def abort(self, error: Exception) -> None:
         """Kill the process; `run` raises `error`."""
@@ -247,9 +248,11 @@ class Child:
             self._loop.remove_reader(output.descriptor)
 
     def _tell(self) -> None:
-        enough, told = self._told
-        if not told.done() and (self._exited.done() or len(self._stderr.data) >= enough):
-            told.set_result(None)
+        if not self._told.done() and (
+            self._exited.done()
+            or (self._awaited is not None and self._stderr.data.count(self._awaited[0]) >= self._awaited[1])
+        ):
+            self._told.set_result(None)
 
     def _answer(self) -> None:
         if self._handshake is None or self._stdin is None or self._handshake[0] not in self._stderr.data:

@@ -127,8 +127,11 @@ class Sandbox:
 
         It reads nothing and prints to `output_path`, a file inside that is made anew, with its parents. `cwd` and
         `env` as for `run`. A program that is not found is a background command that has ended with 127. Raises
-        TooManyCommands, OSError for the file or the directory, SandboxUnavailable.
+        TooManyCommands, OSError for the file or the directory, TimeoutError, SandboxUnavailable, and ValueError for
+        what no command can be.
         """
+        if any("\0" in argument for argument in (*command, output_path)):
+            raise ValueError("an argument holds a NUL byte")
         output = posixpath.join(HOME, output_path)
         first, kills = await self._prepared(output_to_file=True), self._outcomes.memory_kills()
         if sum(other.running for other in self.background) >= self._limits.background_commands:
@@ -148,16 +151,18 @@ class Sandbox:
         self._background[background.id] = background
         try:
             async with asyncio.timeout(START_SECONDS):
-                await child.told(2 * len(STARTED))
-                if child.stderr != 2 * STARTED:  # it complained, or it has ended
+                await child.told(STARTED, 2)  # whatever else the set-up prints: warnings, of a locale for instance
+                if child.stderr.count(STARTED) < 2:  # it has ended
                     await background.wait()
-        except BaseException:
+        except BaseException as failure:
             del self._background[background.id]
             background.abort()
+            if isinstance(failure, TimeoutError):
+                raise TimeoutError(f"the command did not start within {START_SECONDS:g} seconds") from failure
             raise
         result: CommandResult | None = background.result
         error: Exception | None = background.error
-        if error is None and result is not None and result.stderr != STARTED:
+        if error is None and result is not None and STARTED not in result.stderr:
             error = transfer.os_error(result, output)
         if error is not None:
             del self._background[background.id]

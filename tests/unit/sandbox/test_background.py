@@ -1,10 +1,13 @@
 """Commands that run on: in the files of their sandbox, printing to a file there, ended by it."""
 
 import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from megatron_klong.sandbox.backend import Launch
 from megatron_klong.sandbox.bubblewrap import Bubblewrap, SandboxUnavailable
 from megatron_klong.sandbox.limits import SandboxLimits
 from megatron_klong.sandbox.results import TooManyCommands
@@ -64,10 +67,52 @@ def test_what_cannot_be_started_is_an_error_and_leaves_nothing() -> None:
             await box.start([], output_path="x")
         with pytest.raises(OSError, match="too long"):
             await box.start(["echo", "x" * 200_000], output_path="x")
-        with pytest.raises(ValueError, match="NUL"):
-            await box.start(["a\0"], output_path="x")
+        for command, path in [(["a\0"], "x"), (["a"], "x\0")]:
+            with pytest.raises(ValueError, match="NUL"):
+                await box.start(command, output_path=path)
         assert box.background == ()
         assert box._running == set()
+
+    in_sandbox(test)
+
+
+def set_up_by(box: Bubblewrap, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a shell script come first in the set-up of the sandbox's commands."""
+    launch = box._backend.launch
+
+    @contextmanager
+    def preceded(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Launch]:
+        with launch(command, environment) as made:
+            argv = [b"/bin/sh", b"-c", f'{script}; exec "$@"'.encode(), b"sh", *made.argv]
+            yield Launch(argv=argv, descriptors=made.descriptors)
+
+    monkeypatch.setattr(box._backend, "launch", preceded)
+
+
+def test_what_the_set_up_prints_besides_does_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(box: Bubblewrap) -> None:
+        set_up_by(box, "echo 'bash: warning: setlocale: cannot change locale' >&2", monkeypatch)
+        server = await asyncio.wait_for(box.start(["sleep", "60"], output_path="log"), 20)
+        assert server.running
+        await server.stop()
+        ended = await box.start(["sh", "-c", "exit 3"], output_path="log")
+        assert (await ended.wait(), ended.error) == (3, None)
+        with pytest.raises(PermissionError, match="/usr/x"):
+            await box.start(["sleep", "60"], output_path="/usr/x")
+
+    in_sandbox(test)
+
+
+def test_a_start_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_klong.sandbox.sandbox.START_SECONDS", 0.2)
+
+    async def test(box: Bubblewrap) -> None:
+        set_up_by(box, "exec sleep 60", monkeypatch)
+        with pytest.raises(TimeoutError, match=r"did not start within 0\.2 seconds"):
+            await box.start(["true"], output_path="log")
+        while box._running:
+            await asyncio.sleep(0.01)
+        assert box.background == ()
 
     in_sandbox(test)
 
