@@ -46,9 +46,12 @@ PROBE_SECONDS = 20.0
 _found: dict[bool, Tools | str] = {}  # by seccomp: what the probe found, or why it failed
 
 
-async def check_available(*, seccomp: bool = True) -> None:
-    """Probe this machine by running a real sandbox, once per process. SandboxUnavailable says what to do."""
-    await _available_tools(seccomp=seccomp)
+async def check_available(*, seccomp: bool = True, image: Path | None = None) -> None:
+    """Probe this machine by running a real sandbox, once per process, and an image. SandboxUnavailable says what to
+    do."""
+    tools = await _available_tools(seccomp=seccomp)
+    if image is not None:
+        await _try_image(tools, SandboxSpec(image=image.absolute(), seccomp=seccomp))
 
 
 class Bubblewrap(Sandbox):
@@ -79,7 +82,7 @@ class Bubblewrap(Sandbox):
             network=network,
             environment=environment or {},
             read_only_files=read_only_files or {},
-            image=image,
+            image=None if image is None else image.absolute(),
             seccomp=seccomp,
         )
         return await cls._create(await _available_tools(seccomp=seccomp), spec, label)
@@ -132,6 +135,23 @@ async def _probe(*, seccomp: bool) -> Tools:
             raise SandboxUnavailable(f"the sandbox lacks programs that files move by: {missing}; install them in /usr")
         return tools
     raise SandboxUnavailable(_cure(failures[-1]))
+
+
+async def _try_image(tools: Tools, spec: SandboxSpec) -> None:
+    """Run a sandbox of an image. SandboxUnavailable."""
+    try:
+        async with await Bubblewrap._create(tools, spec, "probe") as sandbox:
+            result = await sandbox.run(["/bin/sh", "-c", MISSING_TOOLS], timeout_seconds=PROBE_SECONDS)
+        missing = result.stdout.decode(errors="replace") or result.stderr.decode(errors="replace")
+        fault = f"it lacks programs that files move by: {missing}" if result.returncode != 0 or missing else ""
+    except (SandboxUnavailable, OSError, ValueError) as error:
+        fault = str(error)
+    if fault:
+        raise SandboxUnavailable(
+            f"bubblewrap.image cannot be {spec.image}: {fault.strip()}. It must be the folder of an unpacked image "
+            "(apptainer build --sandbox FOLDER IMAGE.sif) that every user can read, with /bin/sh, cat, mkdir, rm, tar "
+            "and tee"
+        )
 
 
 def _program(name: str, package: str) -> str:

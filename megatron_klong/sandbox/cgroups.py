@@ -147,14 +147,22 @@ def find(runner: str, *, proc: Path = Path("/proc/self")) -> Cgroups:
 
 def _try_out(cgroups: Cgroups) -> None:
     """Have a process join a group: on v2 that takes more than the right to make one. CgroupsUnavailable."""
-    group = cgroups.make("probe", SandboxLimits())
-    tried = subprocess.run(
-        [*group.join, b"/bin/true"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    try:
+        group = cgroups.make("probe", SandboxLimits())
+        tried = subprocess.run(
+            [*group.join, b"/bin/true"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        cgroups.remove()
+        raise CgroupsUnavailable(f"groups for runners can be made, but none in them: {error}") from error
     if tried.returncode != 0:
         cgroups.remove()
         raise CgroupsUnavailable(f"groups can be made but not joined: {tried.stderr.strip()}")
+    deadline = time.monotonic() + REMOVE_SECONDS
     while not group.remove():  # the process is reaped, but the kernel may be at it still
+        if time.monotonic() > deadline:
+            cgroups.remove()
+            raise CgroupsUnavailable(f"groups can be made but not removed: {group}")
         time.sleep(0.001)
 
 

@@ -24,6 +24,7 @@ from megatron_klong.sandbox.first_process import HOME, LOGIN, encoded
 from megatron_klong.sandbox.limits import MIB, SandboxLimits
 
 _OWN_ETC = ("passwd", "group", "hosts", "nsswitch.conf")
+_MOST_LINKS = 40  # in one path, as the kernel has it
 _NOT_OF_AN_IMAGE = ("dev", "home", "proc", "run", "sys", "tmp")
 
 
@@ -115,7 +116,7 @@ def _system() -> tuple[str, ...]:
 
 def _system_of(image: Path) -> list[str]:
     """The directories of an unpacked image, read-only; its root itself is ours, so that mount points can be made."""
-    if not (image / "bin" / "sh").exists() and not (image / "usr" / "bin" / "sh").exists():
+    if not _in_image(image, "bin/sh").exists():
         raise ValueError(f"{image} is no unpacked root file system: it has no /bin/sh")
     arguments: list[str] = []
     for entry in sorted(image.iterdir()):
@@ -127,13 +128,33 @@ def _system_of(image: Path) -> list[str]:
     return arguments
 
 
+def _in_image(image: Path, path: str) -> Path:
+    """Where a path inside is on the host. Links are followed as they are inside: absolute ones start at the image."""
+    here: list[str] = []
+    parts, links = path.split("/"), 0
+    while parts:
+        part = parts.pop(0)
+        if part == "..":
+            here = here[:-1]
+        elif part not in ("", "."):
+            here.append(part)
+            link = image.joinpath(*here)
+            if links < _MOST_LINKS and link.is_symlink():
+                links += 1
+                target = os.readlink(link)
+                here = [] if target.startswith("/") else here[:-1]
+                parts = [*target.split("/"), *parts]
+    return image.joinpath(*here)
+
+
 def _etc(ours: Path, image: Path | None, shown: Mapping[str, Path]) -> list[str]:
     """/etc: ours, or an image's with our users in it. As a whole, or where a file is to be added by its entries.
 
     Mounted as a whole it is read-only, so nothing can appear there that it has not.
     """
     base = ours if image is None else image / "etc"
-    if any(inside.startswith("/etc/") and not (base / inside.removeprefix("/etc/")).exists() for inside in shown):
+    root = base.parent
+    if any(inside.startswith("/etc/") and not _in_image(root, inside).exists() for inside in shown):
         arguments = ["--perms", "0755", "--dir", "/etc"]
         for entry in sorted(base.iterdir()) if base.is_dir() else ():
             if entry.is_symlink():
@@ -164,7 +185,9 @@ def _var_tmp(directory: Path, image: Path | None) -> list[str]:
     """The same directory as /tmp, where an image has a place for it."""
     if image is None:
         return ["--dir", "/var", "--symlink", "../tmp", "/var/tmp"]
-    return ["--bind", f"{directory}/tmp", "/var/tmp"] if (image / "var" / "tmp").is_dir() else []
+    place = image / "var" / "tmp"
+    has_place = place.is_dir() and _in_image(image, "var/tmp") == place  # no mount can be made on a link
+    return ["--bind", f"{directory}/tmp", "/var/tmp"] if has_place else []
 
 
 def _shown(files: Mapping[str, Path]) -> list[str]:

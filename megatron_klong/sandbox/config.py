@@ -2,11 +2,15 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from megatron_klong.sandbox.egress.config import EgressConfig
 from megatron_klong.sandbox.limits import SandboxLimits
+
+# Absolute from the start: Inspect makes sandboxes from another directory than the one they were configured in.
+type Image = Annotated[Path, AfterValidator(Path.absolute)]
 
 
 class SandboxConfig(BaseModel):
@@ -41,8 +45,8 @@ class SandboxConfig(BaseModel):
 class BubblewrapConfig(SandboxConfig):
     """`SandboxEnvironmentSpec("bubblewrap", BubblewrapConfig(processes=100))`."""
 
-    image: Path | None = None
-    """An unpacked root file system, in place of the host's programs."""
+    image: Image | None = None
+    """The folder of an unpacked root file system, in place of the host's programs."""
     seccomp: bool = True
     """Whether system calls are filtered."""
 
@@ -50,6 +54,6 @@ class BubblewrapConfig(SandboxConfig):
 class ApptainerConfig(SandboxConfig):
     """`SandboxEnvironmentSpec("apptainer", ApptainerConfig(image="/images/agent.sif"))`."""
 
-    image: Path
+    image: Image
     gpus: bool = False
     """The host's NVIDIA devices and driver inside."""

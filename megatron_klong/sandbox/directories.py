@@ -204,14 +204,17 @@ def _make_runner() -> _Runner:
     directory.chmod(0o711)
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SandboxUnavailable(
+                f"cannot lock {directory}: {error.strerror}; set TMPDIR to a file system local to this machine"
+            ) from error
+        _make_etc(directory / "etc")
+        return _Runner(directory=directory, lock=lock, cgroups=_make_groups(directory))
+    except BaseException:  # else the next try would find its own lock
         os.close(lock)
-        raise SandboxUnavailable(
-            f"cannot lock {directory}: {error.strerror}; set TMPDIR to a file system local to this machine"
-        ) from error
-    _make_etc(directory / "etc")
-    return _Runner(directory=directory, lock=lock, cgroups=_make_groups(directory))
+        raise
 
 
 def _make_etc(etc: Path) -> None:

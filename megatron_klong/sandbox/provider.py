@@ -84,9 +84,11 @@ class ProvidedSandbox[Config: SandboxConfig, Made: Sandbox](SandboxEnvironment):
 
     async def close(self) -> None:
         """End all that runs in it, then its network."""
-        await self._sandbox.close()
-        if self.egress is not None:
-            await self.egress.close()
+        try:
+            await self._sandbox.close()
+        finally:
+            if self.egress is not None:
+                await self.egress.close()
 
     @classmethod
     def default_concurrency(cls) -> int | None:
@@ -245,7 +247,7 @@ class BubblewrapSandbox(ProvidedSandbox[BubblewrapConfig, Bubblewrap]):
 
     @classmethod
     async def check(cls, config: BubblewrapConfig) -> None:
-        await bubblewrap.check_available(seccomp=config.seccomp)
+        await bubblewrap.check_available(seccomp=config.seccomp, image=config.image)
 
     @classmethod
     async def make(cls, config: BubblewrapConfig, label: str, egress: SandboxEgress | None) -> Bubblewrap:

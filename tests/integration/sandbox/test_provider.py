@@ -242,6 +242,29 @@ def test_a_sandbox_is_named_after_its_task_and_sample_and_people_can_enter_it(tm
     assert output.split() == ["agent", "Seccomp:", "2"]
 
 
+def test_the_network_is_closed_though_the_sandbox_cannot_be() -> None:
+    closed = []
+
+    class Broken:
+        async def close(self) -> None:
+            raise OSError("cannot be removed")
+
+    class Network:
+        async def close(self) -> None:
+            closed.append(self)
+
+    provided = BubblewrapSandbox(Broken(), Network())  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="cannot be removed"):
+        asyncio.run(provided.close())
+    assert len(closed) == 1
+
+
+def test_an_image_is_tried_before_a_sample_starts(tmp_path: Path) -> None:
+    spec = SandboxEnvironmentSpec("bubblewrap", BubblewrapConfig(image=tmp_path))
+    with pytest.raises(PrerequisiteError, match=r"bubblewrap\.image cannot be .*no /bin/sh"):
+        evaluate(Task(dataset=[Sample("?")], sandbox=spec), [], tmp_path)
+
+
 def test_without_bubblewrap_no_sample_starts_and_the_cure_is_told(tmp_path: Path) -> None:
     program = f"""
 from inspect_ai import Task, eval

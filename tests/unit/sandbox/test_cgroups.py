@@ -271,6 +271,23 @@ def test_groups_that_cannot_be_joined_are_none(tmp_path: Path, monkeypatch: pyte
         cgroups.find("7-8", proc=proc)
 
 
+@pytest.mark.usefixtures("new_groups_are_v2")
+def test_groups_that_cannot_be_set_or_removed_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*ignored: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(cgroups, "_settings", refuse)
+    proc, _ = v2(tmp_path / "set")
+    with pytest.raises(CgroupsUnavailable, match="busy"):
+        cgroups.find("7-8", proc=proc)
+    monkeypatch.setattr(cgroups, "_settings", lambda *ignored: [])
+    monkeypatch.setattr(cgroups, "REMOVE_SECONDS", 0.05)
+    monkeypatch.setattr(cgroups.Group, "remove", lambda self: False)
+    proc, _ = v2(tmp_path / "removed")
+    with pytest.raises(CgroupsUnavailable, match="not removed"):
+        cgroups.find("7-8", proc=proc)
+
+
 def test_without_any_hierarchy_the_reason_is_told(tmp_path: Path) -> None:
     (tmp_path / "mountinfo").write_text("25 1 8:1 / / rw - ext4 /dev/sda1 rw\n")
     (tmp_path / "cgroup").write_text("")

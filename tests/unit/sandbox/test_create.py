@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klong.sandbox.bubblewrap import Bubblewrap
+from megatron_klong.sandbox.bubblewrap import Bubblewrap, SandboxUnavailable, check_available
+from megatron_klong.sandbox.config import ApptainerConfig, BubblewrapConfig
 from megatron_klong.sandbox.network import SandboxNetwork
 
 
@@ -81,21 +82,26 @@ def test_a_network_is_that_of_all_commands_of_one_sandbox() -> None:
     asyncio.run(main())
 
 
-def test_an_image_takes_the_place_of_the_hosts_system(open_folder: Path) -> None:
-    folder = open_folder / "image"
+def unpacked_image(folder: Path, *, bin: str) -> Path:
+    """A root file system of a few programs; `bin`: where its /bin leads."""
     for name in ("etc", "opt", "var/tmp", "home/somebody", "usr/bin"):
         (folder / name).mkdir(parents=True)
-    (folder / "bin").symlink_to("usr/bin")
+    (folder / "bin").symlink_to(bin)
     (folder / "lib64").symlink_to("usr/lib")
     libraries = folder / "usr" / "lib"
     libraries.mkdir()
-    for program in ("sh", "cat", "ls", "tee", "mkdir", "touch", "id"):
+    for program in ("sh", "cat", "ls", "tee", "mkdir", "touch", "id", "rm", "tar"):
         shutil.copy(os.path.realpath(shutil.which(program) or ""), folder / "usr" / "bin" / program)
     for library in _libraries(folder / "usr" / "bin"):
         shutil.copy(os.path.realpath(library), libraries / Path(library).name)
     (folder / "etc" / "passwd").write_text("root:x:0:0::/root:/bin/sh\n")
     (folder / "etc" / "ld.so.conf").write_text("/usr/lib\n")
     (folder / "opt" / "hello").write_text("of the image\n")
+    return folder
+
+
+def test_an_image_takes_the_place_of_the_hosts_system(open_folder: Path) -> None:
+    folder = unpacked_image(open_folder / "image", bin="usr/bin")
 
     async def main() -> None:
         async with await Bubblewrap.create(image=folder) as box:
@@ -114,6 +120,48 @@ def test_an_image_takes_the_place_of_the_hosts_system(open_folder: Path) -> None
 
     asyncio.run(main())
     assert not (folder / "opt" / "x").exists()
+
+
+@pytest.mark.parametrize("bin", ["usr/bin", "/usr/bin"])
+def test_links_of_an_image_lead_where_they_lead_inside(
+    open_folder: Path, monkeypatch: pytest.MonkeyPatch, bin: str
+) -> None:
+    folder = unpacked_image(open_folder / "image", bin=bin)
+    (folder / "usr" / "bin" / "sh").rename(folder / "usr" / "bin" / "only-in-the-image")
+    (folder / "usr" / "bin" / "sh").symlink_to("/bin/only-in-the-image")
+    (folder / "var" / "tmp").rmdir()
+    (folder / "var" / "tmp").symlink_to("/tmp")
+    monkeypatch.chdir(open_folder)
+
+    async def main() -> None:
+        await check_available(image=Path("image"))
+        async with await Bubblewrap.create(image=Path("image")) as box:
+            await box.write_file("/var/tmp/x", b"kept")
+            assert (await box.run(["sh", "-c", "cat /tmp/x"])).stdout == b"kept"
+
+    asyncio.run(main())
+    assert BubblewrapConfig(image=Path("image")).image == folder
+    assert ApptainerConfig.model_validate({"image": "image"}).image == folder
+
+
+def test_an_image_that_cannot_be_one_is_told_with_the_cure(open_folder: Path) -> None:
+    folder = unpacked_image(open_folder / "image", bin="usr/bin")
+    (folder / "usr" / "bin" / "tar").unlink()
+    broken = unpacked_image(open_folder / "broken", bin="usr/bin")
+    (broken / "usr" / "bin" / "sh").write_bytes(b"")
+    (open_folder / "image.sif").touch()
+    loop = open_folder / "loop"
+    loop.mkdir()
+    (loop / "bin").symlink_to("bin")
+    for image, told in [
+        (folder, "lacks programs that files move by: tar"),
+        (broken, "sh"),
+        (open_folder / "absent", "no /bin/sh"),
+        (open_folder / "image.sif", "no /bin/sh"),
+        (loop, "no /bin/sh"),
+    ]:
+        with pytest.raises(SandboxUnavailable, match=f"bubblewrap.image cannot be {image}: .*{told}.*apptainer build"):
+            asyncio.run(check_available(image=image))
 
 
 def _libraries(programs: Path) -> set[str]:

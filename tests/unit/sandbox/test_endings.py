@@ -325,6 +325,24 @@ def test_a_bubblewrap_that_does_not_work_is_told_with_its_cure(
     assert runner_directories(temporary) == []
 
 
+def test_a_first_try_that_fails_does_not_lock_out_the_next(temporary: dict[str, str]) -> None:
+    program = """
+from megatron_klong.sandbox import directories
+make = directories._make_etc
+def refuse(etc): raise OSError(28, "No space left on device")
+directories._make_etc = refuse
+for _ in range(2):
+    try:
+        directories.runner_directory()
+    except OSError as error:
+        print(error)
+directories._make_etc = make
+await (await Bubblewrap.create()).close()"""
+    output, errors = runner(program, temporary).communicate()
+    assert output.count("No space left") == 2, errors
+    assert errors == ""
+
+
 def test_a_directory_of_another_user_is_refused(temporary: dict[str, str]) -> None:
     base = Path(temporary["TMPDIR"]) / f"klong-sandboxes-{os.geteuid()}"
     base.mkdir(mode=0o777)
