@@ -6,16 +6,18 @@ them; a few archives are made at once, whatever the number of episodes, since ea
 
 import asyncio
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zstandard
-from inspect_ai.util import OutputLimitExceededError, SandboxEnvironment
+from inspect_ai.util import OutputLimitExceededError, SandboxEnvironment, SandboxUnavailableError
 
 from megatron_klong.files import atomic_file
 from megatron_klong.sandbox.provider import ProvidedSandbox
-from megatron_klong.sandbox.results import OutputLimitExceeded
+from megatron_klong.sandbox.results import OutputLimitExceeded, SandboxUnavailable
 
 _AT_ONCE = 2
 _TAR_SECONDS = 300
@@ -46,6 +48,15 @@ def provided(environment: SandboxEnvironment) -> ProvidedSandbox[Any, Any] | Non
         return None
 
 
+@contextmanager
+def unavailable_as_inspects() -> Iterator[None]:
+    """Around what is asked of our own sandbox directly: that it failed is told as Inspect's interface tells it."""
+    try:
+        yield
+    except SandboxUnavailable as error:
+        raise SandboxUnavailableError(str(error)) from error
+
+
 def archive_slot() -> asyncio.Semaphore:
     """What is held while a tar is in memory."""
     loop = asyncio.get_running_loop()
@@ -53,10 +64,11 @@ def archive_slot() -> asyncio.Semaphore:
 
 
 async def read_tar(environment: SandboxEnvironment, directory: str, *, limit_bytes: int) -> bytes:
-    """The content of a directory as a tar with names relative to it. Raises ArchiveError."""
+    """The content of a directory as a tar with names relative to it. Raises ArchiveError, SandboxUnavailableError."""
     if (ours := provided(environment)) is not None:
         try:
-            tar: bytes = await ours.sandbox.read_archive(directory, limit_bytes=limit_bytes)
+            with unavailable_as_inspects():
+                tar: bytes = await ours.sandbox.read_archive(directory, limit_bytes=limit_bytes)
             return tar
         except OutputLimitExceeded:
             raise ArchiveError(f"{directory} is larger than {limit_bytes:,} bytes") from None
@@ -78,14 +90,18 @@ async def read_tar(environment: SandboxEnvironment, directory: str, *, limit_byt
 
 
 async def write_tar(environment: SandboxEnvironment, directory: str, tar: bytes) -> None:
-    """Make a directory's content that of a tar: what is not in it is removed. Raises ArchiveError."""
+    """Make a directory's content that of a tar: what is not in it is removed.
+
+    Raises ArchiveError, SandboxUnavailableError.
+    """
     script = 'mkdir -p -- "$1" && cd -- "$1" && find . -mindepth 1 -delete'
     cleared = await environment.exec(["/bin/sh", "-c", script, "sh", directory], timeout_retry=False)
     if not cleared.success:
         raise ArchiveError(f"{directory} could not be cleared: {cleared.stderr.strip()}")
     if (ours := provided(environment)) is not None:
         try:
-            await ours.sandbox.write_archive(directory, tar)
+            with unavailable_as_inspects():
+                await ours.sandbox.write_archive(directory, tar)
         except OSError as error:
             raise ArchiveError(f"{directory} could not be unpacked: {error}") from error
         return

@@ -17,6 +17,8 @@ from tenacity import RetryError
 from megatron_klong.agent.deadline import Deadline
 from megatron_klong.agent.messages import reasoning_of, to_message, with_turn_record, without_reasoning
 from megatron_klong.agent.state import Episode, sampled_turns
+from megatron_klong.serve.protocol import ProtocolError, ReplyError
+from megatron_klong.serve.turns import UnknownTurn
 from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.episode import TurnRecord
 from megatron_klong.trajectory.live import Prompt
@@ -104,7 +106,7 @@ async def _reply(episode: Episode, prompt: Prompt) -> ModelOutput | Exception | 
         except Exception as error:  # whatever the provider raises once it has given up
             cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
             fault = EngineFailed(f"{type(cause).__name__}: {cause}")
-            if isinstance(error, RetryError) or _status(error) is not None:
+            if isinstance(error, RetryError) or _status(error) is not None or _is_permanent(error):
                 return fault  # Inspect has tried it again, or knows better than to
         else:
             if not output.empty and output.stop_reason == "model_length":
@@ -134,6 +136,11 @@ async def _generate(episode: Episode, prompt: Prompt) -> ModelOutput:
             attempt_timeout=math.ceil(episode.config.engine_timeout.in_seconds),
         ),
     )
+
+
+def _is_permanent(error: Exception) -> bool:
+    """Whether what was asked cannot be had, of a policy of our own."""
+    return isinstance(error, UnknownTurn) or (isinstance(error, ProtocolError) and not isinstance(error, ReplyError))
 
 
 def _status(error: Exception) -> int | None:

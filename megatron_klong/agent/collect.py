@@ -8,10 +8,11 @@ output is.
 """
 
 import asyncio
+import contextlib
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,8 +51,10 @@ async def _collect(
     with tqdm(total=total, desc="episodes", unit="episode", delay=2, disable=None) as progress:
 
         async def play(job: Job) -> None:
-            async with slots:
-                async for episode in _episodes(job, output_folder / f"{job.name}.txt"):
+            # closed here and now: left to the loop, a worker would be interrupted and neither awaited nor killed
+            playing = contextlib.aclosing(_episodes(job, output_folder / f"{job.name}.txt"))
+            async with slots, playing as episodes:
+                async for episode in episodes:
                     on_finished(episode)
                     finished.append(episode)
                     progress.update()
@@ -65,7 +68,7 @@ async def _collect(
     return finished
 
 
-async def _episodes(job: Job, output: Path) -> AsyncIterator[FinishedEpisode]:
+async def _episodes(job: Job, output: Path) -> AsyncGenerator[FinishedEpisode]:
     """Start a worker and yield what it finishes."""
     expected = len(job.episodes)
     with output.open("wb") as printed:

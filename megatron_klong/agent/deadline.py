@@ -37,8 +37,13 @@ class Deadline:
         self._forgiven = 0.0
 
     def forgive(self, seconds: float) -> None:
-        """Leave out seconds that the machinery took."""
+        """Count seconds among those waited for others."""
         self._forgiven += seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Take seconds for none of the episode's: the machinery worked, and nobody was waited for."""
+        self._total_start += seconds
+        self._working_start += seconds
 
     @property
     def waited(self) -> float:

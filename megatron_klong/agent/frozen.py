@@ -2,7 +2,8 @@
 
     FOLDER/FREEZE                        present: every episode that plays into this folder freezes at its next turn
     FOLDER/<episode>/turn-000123.json    messages, sampled ids, counters, seconds used; names its workspace
-    FOLDER/<episode>/turn-000123.tar.zst /home and /tmp of its sandbox
+    FOLDER/<episode>/turn-000123-*.tar.zst  /home and /tmp of its sandbox
+    FOLDER/<episode>/ended               it has been played to its end and judged
 
 Always: a state is there whole or not at all, workspace first; the newest whole state is what is gone on with; older
 ones go once a newer one is there. Not in it: weights (another policy may go on), and processes, which are named.
@@ -22,7 +23,7 @@ from megatron_klong.agent.archive import Archive
 from megatron_klong.files import write_atomically
 from megatron_klong.serve.turns import SampledTurn
 
-REQUEST = "FREEZE"
+REQUEST, ENDED = "FREEZE", "ended"
 _STATE = re.compile(r"turn-(\d{6})\.json")
 
 
@@ -53,6 +54,10 @@ class FrozenEpisode(BaseModel):
     """Background commands that were running; their processes are gone."""
     workspace: dict[str, Archive]
     """By directory of the sandbox."""
+    jobs_started: int = 0
+    """Background commands so far; they are numbered on."""
+    news: list[str] = []
+    """What the agent has not been told yet."""
 
 
 def freeze_requested(folder: Path) -> bool:
@@ -66,8 +71,10 @@ def request_freeze(folder: Path) -> None:
     (folder / REQUEST).touch()
 
 
-def episode_folder(folder: Path, sample_id: str) -> Path:
-    """Where one episode's states are."""
+def episode_folder(folder: Path, sample_id: str, epoch: int = 1) -> Path:
+    """Where one episode's states are; epoch: Inspect's."""
+    if epoch > 1:
+        sample_id = f"{sample_id}.epoch-{epoch}"
     safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", sample_id)
     if safe != sample_id:  # two ids must not share a folder
         safe = f"{safe}-{hashlib.sha256(sample_id.encode()).hexdigest()[:8]}"
@@ -87,7 +94,19 @@ def write_frozen(state: FrozenEpisode, folder: Path) -> Path:
     older = [file for file in folder.glob("turn-*") if file.name not in keep]
     for file in sorted(older, key=lambda file: file.suffix != ".json"):  # a state before what it names
         file.unlink(missing_ok=True)
+    (folder / ENDED).unlink(missing_ok=True)  # an earlier episode had; last, for its states must not be taken for ours
     return path
+
+
+def mark_ended(folder: Path) -> None:
+    """Say that the episode whose states these are needs no going on with."""
+    if folder.is_dir():
+        (folder / ENDED).touch()
+
+
+def unfinished(folder: Path) -> Path | None:
+    """The newest state of an episode that has not ended."""
+    return None if (folder / ENDED).exists() else newest_frozen(folder)
 
 
 def newest_frozen(folder: Path) -> Path | None:

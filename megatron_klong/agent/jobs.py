@@ -6,7 +6,7 @@ from call to call, so there a plain `nohup ... &` does it, and the agent is told
 
 from inspect_ai.util import sandbox
 
-from megatron_klong.agent.archive import provided
+from megatron_klong.agent.archive import provided, unavailable_as_inspects
 from megatron_klong.agent.deadline import readable_seconds
 from megatron_klong.sandbox.background import BackgroundCommand
 from megatron_klong.sandbox.results import TooManyCommands
@@ -15,10 +15,16 @@ _ELSEWHERE = "Error: this sandbox keeps processes by itself; start it in the she
 
 
 class Jobs:
-    """The background commands of one episode."""
+    """The background commands of one episode, numbered on from those it had before it was frozen."""
 
     def __init__(self) -> None:
         self._jobs: list[BackgroundCommand] = []
+        self.before = 0
+
+    @property
+    def started(self) -> int:
+        """How many there have been."""
+        return self.before + len(self._jobs)
 
     @property
     def running(self) -> list[str]:
@@ -30,19 +36,20 @@ class Jobs:
         ours = provided(sandbox())
         if ours is None:
             return _ELSEWHERE
-        output = f"/tmp/jobs/{len(self._jobs) + 1}.txt"
+        output = f"/tmp/jobs/{self.started + 1}.txt"
         try:
-            job = await ours.sandbox.start(["bash", "-c", cmd], output_path=output, cwd=cwd)
-        except (TooManyCommands, OSError) as error:
+            with unavailable_as_inspects():
+                job = await ours.sandbox.start(["bash", "-c", cmd], output_path=output, cwd=cwd)
+        except (TooManyCommands, OSError, ValueError) as error:  # ValueError: a command that cannot be one
             return f"Error: {error}"
         self._jobs.append(job)
-        return f"Job {len(self._jobs)} runs; what it prints goes to {output}."
+        return f"Job {self.started} runs; what it prints goes to {output}."
 
     async def stop(self, number: int) -> str:
         """Stop one; the text for the agent."""
-        if not 1 <= number <= len(self._jobs):
+        if not self.before < number <= self.started:
             return f"Error: there is no job {number}."
-        await self._jobs[number - 1].stop()
+        await self._jobs[number - self.before - 1].stop()
         return self.listing()
 
     async def stop_all(self) -> None:
@@ -53,7 +60,7 @@ class Jobs:
         """All of them, for the agent."""
         if not self._jobs:
             return "There are no jobs."
-        return "\n".join(_line(number, job) for number, job in enumerate(self._jobs, 1))
+        return "\n".join(_line(number, job) for number, job in enumerate(self._jobs, self.before + 1))
 
 
 def _line(number: int, job: BackgroundCommand) -> str:

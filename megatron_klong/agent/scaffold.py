@@ -9,6 +9,8 @@ GLM render the history anew; the episode ends with a typed ending, which stands 
     the sample               the work loop               Inspect's time limit, which cancels it from outside
 """
 
+import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from inspect_ai.model import (
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.util import SandboxUnavailableError, store, time_limit
 
+from megatron_klong.agent.archive import ArchiveError
 from megatron_klong.agent.asking import EngineFailed, ask
 from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.deadline import readable_seconds
 from megatron_klong.agent.ending import Ending
-from megatron_klong.agent.frozen import episode_folder, freeze_requested
+from megatron_klong.agent.frozen import episode_folder, freeze_requested, unfinished
 from megatron_klong.agent.messages import final_tool_message, to_message, with_tool_seconds
 from megatron_klong.agent.state import Episode, begin, freeze, hard_seconds_left, refused_requests
 from megatron_klong.agent.tools import shortened
@@ -39,6 +42,7 @@ from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 
+_LOG = logging.getLogger(__name__)
 STORE_KEY = "klong_episode"
 GO_ON = "Please proceed with the task. Use a tool; call submit when the work is done."
 
@@ -50,11 +54,14 @@ _FAULTS: dict[type[Exception], Ending] = {
 
 
 @solver
-def klong_scaffold(config: EpisodeConfig, tokenizer: str | None = None, freeze_folder: str | None = None) -> Solver:
+def klong_scaffold(
+    config: EpisodeConfig, tokenizer: str | None = None, freeze_folder: str | None = None, *, go_on: bool = False
+) -> Solver:
     """Play one episode.
 
     `tokenizer` is the file whose tokens the context policy counts; a policy of our own has one. `freeze_folder` is
-    where episodes are frozen (agent/frozen.py); without it they cannot be.
+    where episodes are frozen (agent/frozen.py); without it they cannot be. `go_on`: from the newest state there, if the
+    sample names none.
     """
     given = None if tokenizer is None else GlmRenderer(load_tokenizer(Path(tokenizer)))
     folder = None if freeze_folder is None else Path(freeze_folder)
@@ -63,15 +70,19 @@ def klong_scaffold(config: EpisodeConfig, tokenizer: str | None = None, freeze_f
         notes: dict[str, Any] = {"ending": None, "error": None}
         store().set(STORE_KEY, notes)
         renderer = given or _renderer_of_model()
-        frozen_in = None if folder is None else episode_folder(folder, str(state.sample_id))
+        frozen_in = None if folder is None else episode_folder(folder, str(state.sample_id), state.epoch)
+        if go_on and frozen_in is not None and (newest := unfinished(frozen_in)):
+            state.metadata["frozen"] = str(newest)
+        episode = None
         try:
             with time_limit(hard_seconds_left(config, state)):
                 episode = await begin(state, config, renderer, notes)
                 ending = await _play(episode, folder, frozen_in)
-                notes["refused_requests"] = refused_requests(episode)
         except (ContextError, SandboxUnavailableError, EngineFailed) as fault:
             ending = _FAULTS[type(fault)]
             notes["error"] = str(fault)
+        finally:  # also of an episode that is cut
+            notes["refused_requests"] = refused_requests(episode) if episode is not None else 0
         notes["ending"] = str(ending)
         state.completed = True
         return state
@@ -90,8 +101,11 @@ async def _play(episode: Episode, freeze_folder: Path | None, frozen_in: Path | 
     with anyio.CancelScope() as until_deadline:
         until_deadline.deadline = anyio.current_time() + episode.deadline.remaining
         while (ending := _reached(episode)) is None:
-            if freeze_folder is not None and frozen_in is not None and await _frozen(episode, freeze_folder, frozen_in):
-                return Ending.SUSPENDED
+            if freeze_folder is not None and frozen_in is not None:
+                until_deadline.deadline = math.inf
+                if await _frozen(episode, freeze_folder, frozen_in):
+                    return Ending.SUSPENDED
+                until_deadline.deadline = anyio.current_time() + episode.deadline.remaining
             reply = await ask(episode, until_deadline)
             until_deadline.deadline = anyio.current_time() + episode.deadline.remaining
             if reply.tool_calls:
@@ -119,14 +133,17 @@ def _reached(episode: Episode) -> Ending | None:
 
 
 async def _frozen(episode: Episode, freeze_folder: Path, frozen_in: Path) -> bool:
-    """Write the episode down where that is due; whether it ends with that."""
-    if freeze_requested(freeze_folder):
-        await freeze(episode, frozen_in, stop=True)
-        return True
-    every = episode.config.freeze_every_turns
-    if every and episode.turns and episode.turns % every == 0:
-        await freeze(episode, frozen_in, stop=False)
-    return False
+    """Write the episode down where that is due; whether it ends with that. Raises SandboxUnavailableError."""
+    stop, every = freeze_requested(freeze_folder), episode.config.freeze_every_turns
+    due = stop or (every and episode.turns and episode.turns % every == 0)
+    if due and episode.turns != episode.gone_on_at:  # that state stands, and a kill while it is replaced would spoil it
+        try:
+            await freeze(episode, frozen_in, stop=stop)
+        except ArchiveError as error:
+            if stop:
+                raise SandboxUnavailableError(f"the episode could not be frozen: {error}") from error
+            _LOG.warning("%s: not frozen at turn %s, and goes on: %s", frozen_in.name, episode.turns, error)
+    return stop
 
 
 async def _act(episode: Episode, reply: ChatMessageAssistant) -> None:

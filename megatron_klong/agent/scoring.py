@@ -16,6 +16,7 @@ from inspect_ai.util import SandboxUnavailableError, sandbox, store
 
 from megatron_klong.agent.archive import ArchiveError, archive_slot, provided, read_tar, write_compressed
 from megatron_klong.agent.ending import Ending
+from megatron_klong.agent.frozen import episode_folder, mark_ended
 from megatron_klong.agent.scaffold import STORE_KEY
 from megatron_klong.agent.tools import SUBMISSION
 from megatron_klong.files import write_atomically
@@ -26,11 +27,16 @@ SUBMISSION_SUFFIX, REQUESTS_SUFFIX = ".workspace.tar.zst", ".requests.jsonl"
 
 
 @scorer(metrics=[mean(), stderr()])
-def rubric_score(submission_bytes: int, artifacts: str | None = None) -> Scorer:
-    """Grade the submission folder; with `artifacts`, keep it there too, and what was asked of the network."""
+def rubric_score(submission_bytes: int, artifacts: str | None = None, freeze_folder: str | None = None) -> Scorer:
+    """Grade the submission folder; with `artifacts`, keep it there too, and what was asked of the network.
+
+    In `freeze_folder` an episode that was judged is marked as ended, unless the engine or the sandbox ended it: then it
+    may be gone on with.
+    """
 
     async def score(state: TaskState, target: Target) -> Score:
-        if (store().get(STORE_KEY) or {}).get("ending") == Ending.SUSPENDED:
+        ending = (store().get(STORE_KEY) or {}).get("ending")
+        if ending == Ending.SUSPENDED:
             return Score.unscored(reason="suspended", explanation="frozen; to be gone on with")
         submission, fault = b"", None
         async with archive_slot():
@@ -43,12 +49,16 @@ def rubric_score(submission_bytes: int, artifacts: str | None = None) -> Scorer:
         try:
             graded = await grade_submission(Path(state.metadata["folder"]), submission)
         except CheckError as error:
-            return Score.unscored(reason="no judge", explanation=str(error))
-        return Score(
-            value=graded.score,
-            explanation=fault or graded.explanation,
-            metadata={"graded_task_tree": graded.to_dict()},
-        )
+            judged = Score.unscored(reason="no judge", explanation=str(error))
+        else:
+            judged = Score(
+                value=graded.score,
+                explanation=fault or graded.explanation,
+                metadata={"graded_task_tree": graded.to_dict()},
+            )
+        if freeze_folder is not None and ending not in (Ending.ENGINE_FAILED, Ending.SANDBOX_FAILED):
+            mark_ended(episode_folder(Path(freeze_folder), str(state.sample_id), state.epoch))
+        return judged
 
     return score
 

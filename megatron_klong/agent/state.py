@@ -50,6 +50,7 @@ class Episode:
     sampled_tokens: int = 0
     replies_without_call: int = 0
     refused_before: int = 0  # requests the egress filter refused before it was frozen
+    gone_on_at: int | None = None  # the turn that its state is of
     stripped: dict[int, ChatMessage] = field(default_factory=dict)
     news: list[str] = field(default_factory=list)  # what the next tool result tells the agent
 
@@ -58,7 +59,9 @@ async def begin(state: TaskState, config: EpisodeConfig, renderer: GlmRenderer, 
     """Start the episode of a sample, or go on with the frozen one its metadata names. `notes` go into the log."""
     path = state.metadata.get("frozen")
     frozen = await _thaw(state, Path(path)) if path else None
-    reading = ReadingTracker(await sandbox().read_file(PAPER))
+    # not the agent's copy, which it may have changed or removed before it was frozen
+    paper = Path(state.metadata["folder"]) / Path(PAPER).name
+    reading = ReadingTracker(paper.read_bytes().decode())
     used = (
         TimeUsed(total_seconds=frozen.total_seconds, given_back_seconds=frozen.given_back_seconds) if frozen else None
     )
@@ -104,7 +107,7 @@ def hard_seconds_left(config: EpisodeConfig, state: TaskState) -> float:
 async def freeze(episode: Episode, folder: Path, *, stop: bool) -> Path:
     """Write the episode down between two turns. stop: end its background commands first, since it ends here.
 
-    The seconds this takes do not count. Raises ArchiveError for a workspace that cannot be packed.
+    The seconds this takes are none of the episode's. Raises ArchiveError for a workspace that cannot be packed.
     """
     ended = episode.toolbox.jobs.running
     used, started = episode.deadline.used, time.monotonic()
@@ -132,9 +135,11 @@ async def freeze(episode: Episode, folder: Path, *, stop: bool) -> Path:
         refused_requests=refused_requests(episode),
         ended_jobs=ended,
         workspace=workspace,
+        jobs_started=episode.toolbox.jobs.started,
+        news=episode.news,
     )
     written = await asyncio.to_thread(write_frozen, state, folder)
-    episode.deadline.forgive(time.monotonic() - started)
+    episode.deadline.leave_out(time.monotonic() - started)
     return written
 
 
@@ -151,6 +156,8 @@ async def _thaw(state: TaskState, path: Path) -> FrozenEpisode:
     turns = sampled_turns()
     if turns is None and frozen.sampled:
         raise FrozenError(f"{path}: was sampled by a policy of ours; go on with a model klong/...")
+    if turns is not None and len(frozen.sampled) != frozen.turns:
+        raise FrozenError(f"{path}: was played by another model, whose replies have no ids; go on with that one")
     for turn in frozen.sampled:
         if turns is not None:
             turns.add(turn)
@@ -181,6 +188,9 @@ def _replay(episode: Episode, frozen: FrozenEpisode, path: str) -> None:
     episode.sampled_tokens = frozen.sampled_tokens
     episode.replies_without_call = frozen.replies_without_call
     episode.refused_before = frozen.refused_requests
+    episode.gone_on_at = frozen.turns
+    episode.toolbox.jobs.before = frozen.jobs_started
+    episode.news = list(frozen.news)
     if frozen.ended_jobs:
         named = ", ".join(repr(command[:100]) for command in frozen.ended_jobs)
         episode.news.append(f"[the machine was changed; these background commands were ended: {named}]")

@@ -13,7 +13,6 @@ from inspect_ai.util import SandboxEnvironmentSpec
 
 import megatron_klong.sandbox.provider  # noqa: F401  # registers the sandbox `bubblewrap`
 from megatron_klong.agent.config import EpisodeConfig
-from megatron_klong.agent.frozen import episode_folder, newest_frozen
 from megatron_klong.agent.paper_task import PaperTask, load_tasks, read_split
 from megatron_klong.agent.scaffold import klong_scaffold
 from megatron_klong.agent.scoring import rubric_score
@@ -50,14 +49,8 @@ def paper_replication(
     flags = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
     settings = load_config(EpisodeConfig, [config] if config else [], flags)
     chosen = load_tasks(Path(tasks), read_split(Path(split)) if split else None)
-    samples = [sample(paper_task, frozen=_newest(freeze_folder, paper_task.id)) for paper_task in chosen]
-    return episode_task(samples, settings, tokenizer, freeze_folder=freeze_folder, artifacts=artifacts)
-
-
-def _newest(freeze_folder: str | None, sample_id: str) -> str | None:
-    """The state an episode goes on from, if it has one."""
-    found = None if freeze_folder is None else newest_frozen(episode_folder(Path(freeze_folder), sample_id))
-    return None if found is None else str(found)
+    samples = [sample(paper_task) for paper_task in chosen]
+    return episode_task(samples, settings, tokenizer, freeze_folder=freeze_folder, go_on=True, artifacts=artifacts)
 
 
 def episode_task(
@@ -67,16 +60,18 @@ def episode_task(
     name: str | None = None,
     *,
     freeze_folder: str | None = None,
+    go_on: bool = False,
     artifacts: str | None = None,
 ) -> Task:
     """The same from samples and checked settings.
 
-    freeze_folder: where episodes are frozen.  artifacts: folder for what each leaves.
+    freeze_folder: where episodes are frozen.  go_on: from what is there, also where a sample names no state.
+    artifacts: folder for what each leaves.
     """
     return Task(
         dataset=samples,
-        solver=klong_scaffold(settings, tokenizer, freeze_folder),
-        scorer=rubric_score(settings.submission_bytes, artifacts),
+        solver=klong_scaffold(settings, tokenizer, freeze_folder, go_on=go_on),
+        scorer=rubric_score(settings.submission_bytes, artifacts, freeze_folder),
         sandbox=SandboxEnvironmentSpec("bubblewrap", settings.bubblewrap)
         if settings.apptainer is None
         else SandboxEnvironmentSpec("apptainer", settings.apptainer),

@@ -203,7 +203,9 @@ async def _read_lines(file: str) -> list[str] | str:
         return (await sandbox().read_file(path)).splitlines()
     except FileNotFoundError:
         return f"Error: no such file: {path}"
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError, OutputLimitExceededError) as error:
+    except OSError as error:  # a directory, no permission, a name too long, a pipe, ...
+        return f"Error: {path}: {error.strerror or type(error).__name__}"
+    except (ValueError, OutputLimitExceededError) as error:  # no text, or no path
         return f"Error: {path}: {type(error).__name__}"
 
 

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -29,6 +30,8 @@ type Kind = Literal["attempted", "obtained", "mentioned"]
 
 _EXCERPT = 200
 _DEEPEST = 3  # scripts within scripts
+_MOST_ADDED = 1 << 16  # characters that variables may add to a text, beside four times its own
+_MOST_BASE64 = 32  # of a text
 
 # Programs that fetch what their arguments name; where only some of their subcommands do, those.
 _FETCHERS: dict[str, frozenset[str]] = {
@@ -231,13 +234,14 @@ def _spellings(text: str) -> list[str]:
     """The text; with its variables put in; with its literals joined; without quotes; with its base64 read."""
     values = {name: next(filter(None, parts), "") for name, *parts in _ASSIGNED.findall(text)}
     plain = re.sub(r"\\\r?\n\s*", " ", text)
+    put = _Putting(values, most=4 * len(plain) + _MOST_ADDED)
     filled = plain
     for _ in range(_DEEPEST if values else 0):
-        filled = re.sub(r"\$?\{(\w+)\}|\$(\w+)", lambda found: _value(found, values), filled)
-    filled = re.sub(r"[\"']\s*\+\s*(\w+)", lambda found: _value(found, values), filled)
+        filled = re.sub(r"\$?\{(\w+)\}|\$(\w+)", put, filled)
+    filled = re.sub(r"[\"']\s*\+\s*(\w+)", put, filled)
     joined = _JOINED.sub("", filled)
     found = [text, plain, filled, joined, re.sub(r"(?<=\w)[\"'\\]+(?=[\w./])", "", filled)]
-    for part in _BASE64.findall(text):
+    for part in islice(dict.fromkeys(_BASE64.findall(text)), _MOST_BASE64):
         if clear := _clear(part):  # in the place of `$(echo ... | base64 -d)`, or just of what stood there
             around = rf"[$`]\(?[^()`]*{re.escape(part)}[^()`]*[)`]"
             found.append(clear.join(re.split(around, filled)))
@@ -245,8 +249,16 @@ def _spellings(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _value(found: re.Match[str], values: Mapping[str, str]) -> str:
-    return values.get(next(filter(None, found.groups()), ""), found[0])
+class _Putting:
+    """Puts values of variables in; at most so many characters, for a variable may name itself many times over."""
+
+    def __init__(self, values: Mapping[str, str], *, most: int) -> None:
+        self._values, self._left = values, most
+
+    def __call__(self, found: re.Match[str]) -> str:
+        value = self._values.get(next(filter(None, found.groups()), ""), found[0])
+        self._left -= len(value)
+        return value if self._left >= 0 else found[0]
 
 
 def _clear(text: str) -> str:

@@ -29,11 +29,10 @@ def work_folder(prefix: Path, run: str, *, overwrite: bool, shared: bool) -> Ite
     folder = shard_file(prefix, SUFFIX)
     if not overwrite and not _is_ours(folder, run):
         check_prefix(prefix, overwrite=False)
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("ab") as lock:
-        _lock(lock.fileno(), folder, shared=shared)
-        if new or not _is_ours(folder, run):
+    with _locked(folder, shared=shared):
+        if not _is_ours(folder, run):
+            if not overwrite:  # again: another run may have finished while this one waited for the lock
+                check_prefix(prefix, overwrite=False)
             write_atomically(folder / "run", run)
         if not shared:
             _remove_leftovers(prefix)
@@ -50,6 +49,22 @@ def _is_ours(folder: Path, run: str) -> bool:
     """Whether an interrupted run of the same settings and input worked here: then half an output is its own."""
     file = folder / "run"
     return file.exists() and file.read_text() == run
+
+
+@contextmanager
+def _locked(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Make the folder, and hold its lock: that of the folder which is there, not of one that its run has removed."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / "lock").open("ab")
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        with lock:
+            _lock(lock.fileno(), folder, shared=shared)
+            if os.fstat(lock.fileno()).st_nlink:
+                yield
+                return
 
 
 def _lock(descriptor: int, folder: Path, *, shared: bool) -> None:

@@ -4,7 +4,10 @@ It tries again only as often as its caller allows (0 by default: Inspect AI has 
 the server names.
 """
 
+import asyncio
+import ssl
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
@@ -52,12 +55,16 @@ class Client:
     def __init__(
         self, base_url: str, *, timeout_seconds: float | None = None, retries: int = 0, token: str | None = None
     ) -> None:
-        """`base_url` with or without a closing /v1; `timeout_seconds` for a whole reply, None: as long as it takes."""
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        """`base_url` with or without a closing /v1; `timeout_seconds` for a whole reply, None: as long as it takes.
+
+        Raises ProtocolError for an address that is none.
+        """
+        self.base_url = server_address(base_url)
         self._retries = retries
         self._timeout_seconds = timeout_seconds
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._session: aiohttp.ClientSession | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that the session belongs to
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """Sample one reply. Raises ServerError, ProtocolError."""
@@ -114,7 +121,12 @@ class Client:
         raise AssertionError("unreachable")
 
     def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:  # made in the event loop that uses it
+        loop = asyncio.get_running_loop()
+        if self._session is not None and self._loop is not loop:  # Inspect keeps models from evaluation to evaluation
+            self._session.detach()
+            self._session = None
+        if self._session is None:
+            self._loop = loop
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(total=self._timeout_seconds, sock_connect=_CONNECT_SECONDS),
@@ -146,12 +158,24 @@ class Client:
             raise ReplyError(f"{self.base_url}{path} answered with something that is not JSON") from None
 
 
+def server_address(base_url: str) -> str:
+    """Without a closing /v1. Raises ProtocolError for what is no address of a server."""
+    address = base_url.rstrip("/").removesuffix("/v1")
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ProtocolError(f"base_url {base_url!r} is no address of a server; one looks like http://127.0.0.1:5000")
+    if parts.username is not None:
+        raise ProtocolError("base_url holds a user name; a server of ours asks for a token, given as api_key")
+    return address
+
+
 def served_tokenizer(base_url: str, token: str | None = None) -> str:
     """The tokenizer file of a server, as it names it. Raises ServerError, ProtocolError."""
-    address = base_url.rstrip("/").removesuffix("/v1")
+    address = server_address(base_url)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with httpx.Client(trust_env=False, headers=headers, timeout=10.0) as http:
+        # certificates of the system, as aiohttp takes them
+        with httpx.Client(trust_env=False, verify=ssl.create_default_context(), headers=headers, timeout=10.0) as http:
             response = http.get(f"{address}{MODELS}")
             named = response.raise_for_status().json()["data"][0].get("tokenizer")
     except httpx.HTTPError as error:

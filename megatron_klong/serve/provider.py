@@ -10,6 +10,7 @@ Retries are Inspect's (`max_retries`): it knows how long an episode may wait.
 
 import functools
 import json
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ _UNSUPPORTED = (
 )
 
 
-_KEPT_MESSAGES = 1 << 15  # what 100 episodes have in their windows
+_KEPT_IDS = 1 << 24  # 64 MiB: what 128 episodes have in windows of 131072 tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class _Encoded:
     content: object
     error: object
     before: Role | None
-    ids: list[int]
+    ids: array[int]
 
 
 class KlongAPI(ModelAPI):
@@ -91,11 +92,10 @@ class KlongAPI(ModelAPI):
         self._stop_ids = stop_ids(self._tokenizer)
         self._preamble_ids = functools.lru_cache(maxsize=64)(self._encode_preamble)
         self._kept: OrderedDict[str, _Encoded] = OrderedDict()
+        self._kept_ids = 0
         self._longest: int | None = None
         self._episodes: dict[str, str] = {}  # by its last turn, so that a server with replicas finds its cache
-        self._token = api_key
-        self._client: Client | None = None
-        self._url = base_url
+        self._client = Client(base_url, token=api_key)
         self.turns = TurnStore(None if turns is None else Path(turns))
 
     async def generate(
@@ -124,7 +124,7 @@ class KlongAPI(ModelAPI):
             seed=config.seed,
             prompt_cache_key=episode,
         )
-        completion = await self._connected().complete(request)
+        completion = await self._client.complete(request)
         turn = SampledTurn.of(uuid4().hex, completion)
         self.turns.add(turn)
         self._episodes.pop(last or "", None)
@@ -142,7 +142,7 @@ class KlongAPI(ModelAPI):
         ids += [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
         return ids + self.renderer.header.ids
 
-    def _message_ids(self, message: ChatMessage, before: Role | None) -> list[int]:
+    def _message_ids(self, message: ChatMessage, before: Role | None) -> array[int]:
         """Of one message; those of a message that is still the same are kept from turn to turn."""
         key = message.id or ""
         error = message.error if isinstance(message, ChatMessageTool) else None
@@ -151,13 +151,15 @@ class KlongAPI(ModelAPI):
             self._kept.move_to_end(key)
             return kept.ids
         if isinstance(message, ChatMessageAssistant):
-            ids = [*self.renderer.header.ids, *self._sampled_ids(message)]
+            ids = array("i", [*self.renderer.header.ids, *self._sampled_ids(message)])
         else:
-            ids = self._encode_text_message(Role(message.role), _text(message), before)
+            ids = array("i", self._encode_text_message(Role(message.role), _text(message), before))
         if key:
+            self._kept_ids += len(ids) - (len(kept.ids) if kept else 0)
             self._kept[key] = _Encoded(content=message.content, error=error, before=before, ids=ids)
-            if len(self._kept) > _KEPT_MESSAGES:
-                self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            while self._kept_ids > _KEPT_IDS and len(self._kept) > 1:
+                self._kept_ids -= len(self._kept.popitem(last=False)[1].ids)
         return ids
 
     def _encode_preamble(self, definitions: str) -> tuple[int, ...]:
@@ -234,21 +236,14 @@ class KlongAPI(ModelAPI):
         return "all"
 
     def connection_key(self) -> str:
-        return self._url
+        return self._client.base_url
 
     async def aclose(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
-
-    def _connected(self) -> Client:
-        if self._client is None:  # made in the event loop that uses it
-            self._client = Client(self._url, token=self._token)
-        return self._client
+        await self._client.aclose()
 
     async def _longest_sequence(self) -> int:
         if self._longest is None:
-            self._longest = await self._connected().max_sequence_length()
+            self._longest = await self._client.max_sequence_length()
         return self._longest
 
 

@@ -55,10 +55,15 @@ def play(
     return read_episode(Path(finished.record))
 
 
-def play_script(folder: Path, tokenizer: Path, task: Path, script: Script, config: EpisodeConfig) -> EpisodeRecord:
-    """One episode with a scripted model, in this process: a worker's imports take longer than most episodes."""
+def play_script(
+    folder: Path, tokenizer: Path, task: Path, script: Script, config: EpisodeConfig, **fields: str
+) -> EpisodeRecord:
+    """One episode with a scripted model, in this process: a worker's imports take longer than most episodes.
+
+    fields: of the job.
+    """
     with endpoint(script) as served:
-        made = job(folder, tokenizer, task, served.url, config)
+        made = job(folder, tokenizer, task, served.url, config).model_copy(update=fields)
         run(made, load_model(made))
     (log,) = Path(made.log_folder).glob("*.eval")
     (record,) = export_records(log, Path(made.record_folder))

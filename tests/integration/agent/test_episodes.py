@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from examples.longhaul.serve_teachers import Options, serving
-from megatron_klong.agent.collect import CollectError
+from megatron_klong.agent.collect import CollectError, collect
+from megatron_klong.agent.worker import FinishedEpisode, Played
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.importers import openai_messages
 from megatron_klong.trajectory.live import PromptDigest
@@ -203,6 +204,21 @@ def test_a_worker_that_cannot_run_is_an_error_that_names_its_output(
     (broken / "paper.md").unlink()
     with pytest.raises(CollectError, match=r"finished 0 of 1 episodes .*paper\.md: missing"):
         play(tmp_path, tokenizer, broken, "http://127.0.0.1:9/v1", settings())
+
+
+def test_a_worker_is_gone_when_the_collection_ends_in_a_fault(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    def refuse(finished: FinishedEpisode) -> None:
+        raise KeyError("bank")
+
+    with endpoint(lambda number, messages: call("bash", cmd="sleep 0.2")) as served:
+        made = job(tmp_path, tokenizer, tasks / "t10", served.url, settings("--turn_limit", "2"))
+        endless = settings("--turn_limit", "1000")
+        episodes = [Played(task_folder=str(tasks / "t10"), rollout=number) for number in (1, 2)]
+        jobs = [made, made.model_copy(update={"name": "endless", "settings": endless, "episodes": episodes})]
+        with pytest.raises(KeyError, match="bank"):
+            collect(jobs, workers=2, output_folder=tmp_path / "output", on_finished=refuse)
+    workers = [child for child in psutil.Process().children() if "megatron_klong.agent.worker" in child.cmdline()]
+    assert workers == []
 
 
 def test_a_worker_that_still_imports_ends_with_its_collector(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:

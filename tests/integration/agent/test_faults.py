@@ -45,10 +45,11 @@ def test_faults_at_ten_percent_each_are_outlived_or_typed(tmp_path: Path, tasks:
         assert len(turns) == len(record.turns) == (4 if record.ending == "turn_limit" else len(turns))
         assert (record.error is None) == (record.ending == "turn_limit")
         assert replay(record, renderer).agrees
-        # hanging and trying again took seconds, and none of the episode's own
-        assert sum(turn.model_seconds for turn in record.turns) < record.seconds - sum(
-            turn.given_back_seconds for turn in record.turns
-        )
+    # hanging and trying again took seconds, and none of the episodes' own
+    turns_played = [turn for record in records for turn in record.turns]
+    waited = [turn for turn in turns_played if turn.given_back_seconds > 1]
+    assert waited
+    assert all(turn.model_seconds < turn.given_back_seconds for turn in waited)
 
 
 def test_replies_that_are_only_empty_end_the_episode_as_the_engines_fault(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inspect_ai import eval as inspect_eval
+from inspect_ai.model import get_model
 
 from megatron_klong.agent.collect import collect
 from megatron_klong.agent.frozen import (
@@ -20,6 +22,8 @@ from megatron_klong.agent.frozen import (
     read_frozen,
     request_freeze,
 )
+from megatron_klong.agent.records import export_records
+from megatron_klong.agent.task import paper_replication
 from megatron_klong.agent.worker import FinishedEpisode, Job, Played, sampled_file
 from megatron_klong.serve.turns import read_turns
 from megatron_klong.trajectory.episode import EpisodeRecord, read_episode
@@ -28,12 +32,21 @@ from megatron_klong.trajectory.replay import replay
 from megatron_klong.trajectory.schema import Role
 from megatron_klong.trajectory.tokenizer import load_tokenizer
 from tests.conftest import REPOSITORY
-from tests.integration.agent.playing import job, last_number, policy, results, settings
+from tests.integration.agent.playing import job, last_number, play_script, policy, results, settings
 from tests.integration.scripted_endpoint import Reply, call, endpoint
 from tests.unit.serve.scripted import call as written_call
 from tests.unit.serve.scripted import serving
 
 TURNS = 10
+OVERRIDES: dict[str, Any] = {
+    "freeze_every_turns": 1,
+    "reading": "off",
+    "tools": '["bash", "submit"]',
+    "context.max_tokens": 2048,
+    "context.reserve_tokens": 256,
+    "context.keep_tokens": 300,
+    "context.prefix_cap_tokens": 1400,
+}
 LEFT = re.compile(r"\[time left: (?:(\d+)m )?(\d+)s\]")
 
 
@@ -106,7 +119,10 @@ def test_killed_at_random_moments_each_episode_goes_on_where_it_was(
         worker.stdin.write(made.model_dump_json().encode())
         worker.stdin.close()
         deadline = time.monotonic() + 240
-        while sum(path is not None for path in newest(made)) < count // 2:
+        while (
+            len(frozen := [path for path in newest(made) if path]) < count // 2
+            or max(path.name for path in frozen) < "turn-000003"
+        ):
             assert worker.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -150,6 +166,8 @@ def test_asked_to_freeze_it_ends_its_jobs_and_tells_the_agent_later(
             return call("background", cmd="while sleep 0.1; do date >> ticks.txt; done")
         if number == 2:
             request_freeze(Path(made.freeze_folder or ""))
+        if number == 5:
+            return call("background", cmd="cat /tmp/jobs/1.txt")
         return call("bash", cmd=f"sleep 0.3; wc -l < ticks.txt; echo {number}")
 
     tools = ("--tools", '["bash", "background", "submit"]', "--freeze_every_turns", "0")
@@ -163,16 +181,66 @@ def test_asked_to_freeze_it_ends_its_jobs_and_tells_the_agent_later(
         (state,) = newest(made)
         assert state is not None
         assert read_frozen(state).ended_jobs == ["while sleep 0.1; do date >> ticks.txt; done"]
+        before = {file: file.read_bytes() for file in state.parent.iterdir()}
+        (suspended,) = go_on(made, tmp_path, [state], name="still")
+        assert (suspended.ending, suspended.turns) == ("suspended", 3)
+        assert {file: file.read_bytes() for file in state.parent.iterdir()} == before
         (Path(made.freeze_folder or "") / REQUEST).unlink()
         (finished,) = go_on(made, tmp_path, [state])
     record = read_episode(Path(finished.record))
     assert (record.ending, record.score, len(record.turns)) == ("turn_limit", 0.0, 6)
     told = results(record)[3]
     assert "these background commands were ended: 'while sleep 0.1; do date >> ticks.txt; done']" in told
-    ticks = [int(text.split()[0]) for text in results(record)[1:]]
+    assert results(record)[5].startswith("Job 2 runs; what it prints goes to /tmp/jobs/2.txt.")
+    ticks = [int(text.split()[0]) for text in results(record)[1:5]]
     assert ticks[0] < ticks[1]
-    assert ticks[2] == ticks[3] == ticks[4]  # ended
+    assert ticks[2] == ticks[3]  # ended
     assert "ended" not in results(record)[4]
+
+
+def test_a_workspace_too_large_to_freeze_ends_an_episode_only_if_it_was_to_end(
+    tmp_path: Path, tasks: Path, tokenizer: Path
+) -> None:
+    def grow(number: int, messages: list[dict[str, Any]]) -> Reply:
+        if number == 3:
+            request_freeze(tmp_path / "frozen")
+        return call("bash", cmd="head -c 3000000 /dev/urandom > large; echo true > reproduce.sh")
+
+    config = configured("--workspace_bytes", "2000000", turns=6)
+    record = play_script(tmp_path, tokenizer, tasks / "t10", grow, config, freeze_folder=str(tmp_path / "frozen"))
+    assert (record.ending, len(record.turns), record.score) == ("sandbox_failed", 4, 0.0)
+    assert "could not be frozen: /home is larger than 2,000,000 bytes" in (record.error or "")
+
+
+def test_an_episode_that_has_ended_is_played_anew_and_another_is_gone_on_with(
+    tmp_path: Path, tasks: Path, tokenizer: Path
+) -> None:
+    asked: list[int] = []
+
+    def play(name: str, *, stop: bool, turns: int) -> EpisodeRecord:
+        def once(number: int, messages: list[dict[str, Any]]) -> Reply:
+            asked.append(sum(message["role"] == "assistant" for message in messages))
+            if stop and number == 1:
+                request_freeze(tmp_path / "frozen")
+            return script(number, messages)
+
+        with endpoint(once) as served:
+            tasked = paper_replication(
+                *(str(tasks / "t10"), str(tokenizer)),
+                freeze_folder=str(tmp_path / "frozen"),
+                **{**OVERRIDES, "turn_limit": turns},
+            )
+            model = get_model("openai-api/teacher/scripted", base_url=served.url, api_key="unused", memoize=False)
+            inspect_eval(tasked, model=model, log_dir=str(tmp_path / name), log_format="eval", display="none")
+        (tmp_path / "frozen" / REQUEST).unlink(missing_ok=True)
+        (log,) = (tmp_path / name).glob("*.eval")
+        return read_episode(export_records(log, tmp_path / name)[0])
+
+    assert play("first", stop=True, turns=4).ending == "suspended"
+    assert play("second", stop=False, turns=4).ending == "turn_limit"
+    assert asked == [0, 1, 2, 3]
+    assert play("third", stop=False, turns=2).ending == "turn_limit"
+    assert asked == [0, 1, 2, 3, 0, 1]
 
 
 def test_ids_and_log_probabilities_go_along_and_other_weights_go_on(

@@ -35,8 +35,8 @@ max_episodes = 3
 
 [[stages]]
 name = "short"
-timeout = "30s"
-hard_timeout = "60s"
+timeout = "90s"
+hard_timeout = "120s"
 iterations = 1
 tasks_per_iteration = 2
 rollouts_per_task = 4
@@ -45,8 +45,8 @@ learning_rate = 1e-3
 
 [[stages]]
 name = "long"
-timeout = "40s"
-hard_timeout = "80s"
+timeout = "100s"
+hard_timeout = "150s"
 iterations = 1
 tasks_per_iteration = 2
 rollouts_per_task = 4

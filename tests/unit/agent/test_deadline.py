@@ -14,6 +14,16 @@ def test_the_deadline_stands_still_while_others_are_awaited() -> None:
     assert (deadline.remaining, deadline.waited) == (-10.0, 20.0)
 
 
+@pytest.mark.parametrize("give_back", [True, False])
+def test_what_the_machinery_takes_is_none_of_the_episodes(give_back: bool) -> None:
+    total, working = [100.0], [40.0]
+    deadline = Deadline(60, total=lambda: total[0], working=lambda: working[0], give_back=give_back)
+    total[0], working[0] = 140.0, 60.0
+    deadline.leave_out(10.0)
+    assert (deadline.total, deadline.waited) == (30.0, 20.0)
+    assert deadline.remaining == (50.0 if give_back else 30.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3700, "1h 1m"), (200.9, "3m 20s"), (42, "42s"), (-5, "0s"), (3600, "1h 0m")]
 )

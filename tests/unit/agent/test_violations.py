@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_klong.agent.violations import Finding, find_violations
+from megatron_klong.agent.violations import Finding, _spellings, find_violations
 from megatron_klong.sandbox.egress.rules import Blacklist
 from megatron_klong.trajectory.importers import read_transcripts
 from megatron_klong.trajectory.schema import Message, Role, ToolCall, Transcript
@@ -207,3 +207,9 @@ def test_a_real_run_of_the_rice_task_only_mentions_its_blacklist(shared_data: Pa
     (transcript,) = transcripts(shared_data / "paperbench/runs")
     findings = find_violations(transcript.messages, blacklist)
     assert not any(finding.is_violation for finding in findings)
+
+
+@pytest.mark.parametrize("text", ["export PATH=" + ":".join(["$PATH"] * 300), "A='{A}{A}{A}{A}{A}{A}{A}{A}'\n" * 200])
+def test_a_variable_that_names_itself_does_not_blow_up(text: str) -> None:
+    assert max(map(len, _spellings(text))) < 10 * len(text) + (1 << 17)
+    assert kinds(call(f"{text}; git clone {RULE}")) == [(0, "attempted")]

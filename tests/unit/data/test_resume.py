@@ -208,6 +208,24 @@ def test_a_second_run_at_the_same_place_is_refused(
     assert make(source, prefix, tokenizer).transcripts == 4
 
 
+def test_a_run_that_waited_for_another_does_not_replace_its_shard(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, prefix = write_inputs(tmp_path / "in", files=2, rows_of_large=2), tmp_path / "s"
+    locked = work_folder._lock
+
+    def finish_first(descriptor: int, folder: Path, *, shared: bool) -> None:
+        monkeypatch.setattr(work_folder, "_lock", locked)
+        make(source, prefix, tokenizer)
+        locked(descriptor, folder, shared=shared)
+
+    monkeypatch.setattr(work_folder, "_lock", finish_first)
+    with pytest.raises(ShardError, match=r"s\.bin: exists already"):
+        make(source, prefix, tokenizer, loss_on="window")
+    make(source, tmp_path / "whole", tokenizer)
+    assert content(prefix) == content(tmp_path / "whole")
+
+
 def test_input_that_changes_while_it_is_read_stops_the_run(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
