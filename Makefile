@@ -7,8 +7,11 @@ export VENV
 # Compiling costs the small models of tests and quickstart more start-up than it saves.
 export TORCHDYNAMO_DISABLE = 1
 
+# A file's tests go to one process, which makes what they share once.
+TEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart evidence test lint typecheck format clean
+.PHONY: help setup quickstart evidence test test-long lint typecheck format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +25,11 @@ quickstart: setup ## run the whole pipeline with a tiny model on this CPU
 evidence: setup ## slow tests, benchmarks and the ablation, hours; into benchmarks/results/
 	@exec $(VENV)/bin/python benchmarks/evidence.py $(ARGS)
 
-test: lint typecheck ## lint, type check, then all tests that need neither a GPU nor hours
-	@exec $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
+test: lint typecheck ## lint, type check, then all tests that need neither a GPU nor minutes each
+	@exec $(TEST) -m "not long and not slow and not gpu" $(ARGS)
+
+test-long: setup ## the tests that take half a minute or more each, kills and real Slurm jobs for the most part
+	@exec $(TEST) -m "long and not slow and not gpu" $(ARGS)
 
 lint: setup ## ruff and the layer table
 	@$(VENV)/bin/ruff check

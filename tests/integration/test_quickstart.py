@@ -78,6 +78,7 @@ def test_the_data_side(tmp_path: Path) -> None:
     assert (folder / "config.toml").is_file()
 
 
+@pytest.mark.long
 def test_without_the_pinned_reading_the_oracle_fails_and_the_run_says_so(tmp_path: Path) -> None:
     made = run(
         tmp_path,
@@ -159,6 +160,7 @@ def test_interrupted_at_any_moment_it_leaves_nothing(tmp_path: Path, scratch: Pa
     assert [path for path in scratch.rglob("*") if "klong" in path.name and path.is_dir() and any(path.iterdir())] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_while_it_trains_it_leaves_nothing(
     tmp_path: Path, scratch: Path, signal_number: signal.Signals

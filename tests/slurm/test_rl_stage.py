@@ -39,6 +39,7 @@ def printed(run: SmallRun) -> str:
     return "".join(f"--- {file.name}\n{file.read_text(errors='replace')}" for file in files if file.exists())
 
 
+@pytest.mark.long
 def test_cancelled_in_rollouts_it_leaves_no_process_and_submitted_again_it_completes(
     slurm: Slurm, run: SmallRun
 ) -> None:

@@ -177,6 +177,7 @@ def test_at_a_real_time_limit_it_does_the_same(slurm: Slurm, config: Path) -> No
     assert len(losses(config)) == 90
 
 
+@pytest.mark.long
 def test_stopped_by_hand_it_ends_with_75_and_goes_on_with_fewer_processes(slurm: Slurm, config: Path) -> None:
     job = submit(slurm, config, steps=12, options=TWO_NODES, environment=python_with(SLOW, config))
     wait_for_steps(config, 3)
@@ -195,6 +196,7 @@ def test_stopped_by_hand_it_ends_with_75_and_goes_on_with_fewer_processes(slurm:
     assert len(losses(config)) == 12
 
 
+@pytest.mark.long
 def test_a_failing_rank_ends_the_job_and_its_traceback_is_what_the_log_shows(slurm: Slurm, config: Path) -> None:
     environment = python_with(("1", "3", "raise"), config)
     job = submit(slurm, config, steps=100_000, options=TWO_NODES, environment=environment)
@@ -210,6 +212,7 @@ def test_a_failing_rank_ends_the_job_and_its_traceback_is_what_the_log_shows(slu
     assert (config / "log.txt").stat().st_mtime - first_end.stat().st_mtime < 30
 
 
+@pytest.mark.long
 def test_a_crash_is_told_by_its_rank_and_its_last_lines(slurm: Slurm, config: Path) -> None:
     environment = python_with(("1", "3", "crash"), config)
     job = submit(slurm, config, steps=100_000, options=TWO_NODES, environment=environment)
@@ -223,6 +226,7 @@ def test_a_crash_is_told_by_its_rank_and_its_last_lines(slurm: Slurm, config: Pa
     assert "in go_wrong" in told
 
 
+@pytest.mark.long
 def test_a_rank_that_is_stopped_is_named_as_the_one_that_said_nothing(slurm: Slurm, config: Path) -> None:
     job = submit(slurm, config, steps=100_000, options=TWO_NODES, stall_timeout="60s")
     wait_for_steps(config, 1)
@@ -247,6 +251,7 @@ def _is_trainer_of(folder: Path, process: psutil.Process) -> bool:
     return command[:1] == [sys.executable] and str(folder / "sft.toml") in command
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["apptainer", "pyxis"])
 def test_in_a_container_the_program_finds_repository_and_logs(
     engine: str, slurm: Slurm, config: Path, tmp_path_factory: pytest.TempPathFactory
@@ -283,6 +288,7 @@ def test_an_unknown_container_engine_is_named(slurm: Slurm, config: Path) -> Non
     assert "KLONG_CONTAINER_ENGINE=docker: unknown; set it to pyxis or apptainer" in (config / "log.txt").read_text()
 
 
+@pytest.mark.long
 def test_scancel_leaves_no_process(slurm: Slurm, config: Path) -> None:
     job = submit(slurm, config, steps=100_000)
     deadline = time.monotonic() + 120

@@ -44,6 +44,7 @@ def reply(tail: str) -> str:
     return f"\n<think>step {done + 1}</think>" + call("bash", cmd=f"{command}; echo step {done + 1} done")
 
 
+@pytest.mark.long
 def test_seven_hundred_turns_on_a_real_paper(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

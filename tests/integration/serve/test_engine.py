@@ -177,6 +177,7 @@ def port(server: Server) -> int:
     return int(server.url.rsplit(":", 1)[1])
 
 
+@pytest.mark.long
 def test_clients_that_behave_badly() -> None:
     """A minute of benchmarks/serve_soak.py; `make evidence` runs it for ten."""
     options = ["--seconds", "60", "--refit-seconds", "10", "--checked", "240"]

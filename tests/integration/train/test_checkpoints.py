@@ -52,6 +52,7 @@ def test_any_layout_goes_on_from_any_other(shard: Path, tmp_path: Path) -> None:
     check_readers({**ALONE, **TWO}, runs, tmp_path)
 
 
+@pytest.mark.long
 def test_tensor_parallel_goes_on_from_expert_parallel_and_back(shard: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()

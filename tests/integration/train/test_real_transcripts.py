@@ -70,6 +70,7 @@ def trained(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trai
     return Trained(prefix=prefix, weights=weights, folder=folder, tokenizer=tokenizer, lines=read_metrics(folder))
 
 
+@pytest.mark.long
 def test_they_train_and_every_trained_token_is_accounted_for(trained: Trained) -> None:
     before, *lines = trained.lines
     assert before.keys() == {"step", "validation_loss", "validation_loss_first", "validation_loss_continuation"}
@@ -95,6 +96,7 @@ def test_they_train_and_every_trained_token_is_accounted_for(trained: Trained) -
     assert exported.sha256 == trained.tokenizer.sha256
 
 
+@pytest.mark.long
 def test_the_loss_of_a_transcript_that_was_held_out_falls_before_and_behind_the_first_cut(trained: Trained) -> None:
     measured = [line for line in trained.lines if "validation_loss" in line]
     assert [line["step"] for line in measured] == [0, 10, 20]

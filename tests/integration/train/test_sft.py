@@ -75,7 +75,11 @@ def while_the_second_checkpoint_is_written(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "moment", [in_step_8_or_later_of_a_run_with_a_checkpoint, while_the_second_checkpoint_is_written]
+    "moment",
+    [
+        pytest.param(in_step_8_or_later_of_a_run_with_a_checkpoint, marks=pytest.mark.long),
+        while_the_second_checkpoint_is_written,
+    ],
 )
 def test_killed_and_resumed_the_losses_are_bit_for_bit_the_same(
     moment: Callable[[Path], bool], shard: Path, undisturbed: Path, tmp_path: Path
@@ -97,6 +101,7 @@ def test_killed_and_resumed_the_losses_are_bit_for_bit_the_same(
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+@pytest.mark.long
 def test_killed_while_saves_are_in_flight_the_newest_whole_one_is_gone_on_from(
     shard: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -123,7 +128,7 @@ def test_killed_while_saves_are_in_flight_the_newest_whole_one_is_gone_on_from(
     assert not list(checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("layout", ["alone", "pipeline"])
+@pytest.mark.parametrize("layout", ["alone", pytest.param("pipeline", marks=pytest.mark.long)])
 def test_a_run_goes_on_in_another_layout(layout: str, shard: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
@@ -169,7 +174,8 @@ def test_a_partial_checkpoint_is_passed_over(shard: Path, undisturbed: Path, tmp
 @pytest.mark.parametrize(
     "layout",
     [
-        *("data", "interleaved", "expert", "context"),
+        *("data", "expert", "context"),
+        pytest.param("interleaved", marks=pytest.mark.long),
         *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("tensor", "pipeline")),
     ],
 )

@@ -66,6 +66,7 @@ def test_time_in_which_the_process_is_suspended_does_not_count() -> None:
     assert finish(process, timeout_seconds=60) == ""
 
 
+@pytest.mark.long
 def test_a_process_that_sleeps_is_the_one_whose_stack_differs(shard: Path, tmp_path: Path) -> None:
     first_end = tmp_path / "first-end.txt"
     environment = {FIRST_END: str(first_end)}

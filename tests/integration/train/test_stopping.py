@@ -64,6 +64,7 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(
     assert losses(folder) == undisturbed
 
 
+@pytest.mark.long
 def test_torchrun_passes_a_stop_on(shard: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(shard, folder, *FLAGS, fault=SLOW)
@@ -75,6 +76,7 @@ def test_torchrun_passes_a_stop_on(shard: Path, tmp_path: Path) -> None:
     assert 2 <= done < STEPS
 
 
+@pytest.mark.long
 def test_a_request_during_the_start_stops_behind_the_first_step_and_one_in_the_last_step_leaves_the_export(
     shard: Path, tmp_path: Path
 ) -> None:

@@ -77,7 +77,7 @@ def test_offline_runs_are_whole_and_a_resumed_one_keeps_its_id(shard: Path, cut_
     assert not any(KEY in output or "Traceback" in output for output in outputs)
 
 
-@pytest.mark.parametrize("lacking", ["a login", "a network"])
+@pytest.mark.parametrize("lacking", ["a login", pytest.param("a network", marks=pytest.mark.long)])
 def test_online_without_what_it_needs_is_refused_before_the_first_step(
     lacking: str, shard: Path, cut_off: list[str], tmp_path: Path
 ) -> None:
