@@ -15,7 +15,13 @@ from inspect_ai.util import LimitExceededError
 from tenacity import RetryError
 
 from megatron_klong.agent.deadline import Deadline
-from megatron_klong.agent.messages import reasoning_of, to_message, with_turn_record, without_reasoning
+from megatron_klong.agent.messages import (
+    reasoning_of,
+    to_message,
+    with_turn_record,
+    without_marks,
+    without_reasoning,
+)
 from megatron_klong.agent.state import Episode, sampled_turns
 from megatron_klong.serve.protocol import ProtocolError, ReplyError
 from megatron_klong.serve.turns import UnknownTurn
@@ -159,13 +165,16 @@ def _is_empty(output: ModelOutput) -> bool:
 
 
 def _visible(episode: Episode, prompt: Prompt) -> list[ChatMessage]:
-    """The messages in context, those whose reasoning is left out in their stripped form."""
+    """The messages in context, those whose reasoning is left out in their stripped form.
+
+    A message is the same object at every turn.
+    """
     visible: list[ChatMessage] = []
     for number in prompt.visible:
-        message = episode.state.messages[number]
-        if number < prompt.stripped_below:
-            if number not in episode.stripped:
-                episode.stripped[number] = without_reasoning(message)
-            message = episode.stripped[number]
-        visible.append(message)
+        reasoning = number >= prompt.stripped_below
+        shown = episode.shown.get((number, reasoning))
+        if shown is None:
+            shown = without_marks(episode.state.messages[number])
+            episode.shown[number, reasoning] = shown = shown if reasoning else without_reasoning(shown)
+        visible.append(shown)
     return visible

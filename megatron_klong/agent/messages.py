@@ -70,6 +70,12 @@ def without_reasoning(message: ChatMessage) -> ChatMessage:
     return message.model_copy(update={"content": content})
 
 
+def without_marks(message: ChatMessage) -> ChatMessage:
+    """The message as it was said, without the marks of ours: Inspect writes a whole prompt out at every turn."""
+    rest = {key: value for key, value in (message.metadata or {}).items() if key not in (_READING_KEY, _TURN_KEY)}
+    return message.model_copy(update={"metadata": rest or None})
+
+
 def final_tool_message(message: ChatMessageTool, text: str, reading: Reading) -> ChatMessageTool:
     """A tool result whose text is all of it: an error is part of the text, notes are appended."""
     return message.model_copy(

@@ -51,7 +51,7 @@ class Episode:
     replies_without_call: int = 0
     refused_before: int = 0  # requests the egress filter refused before it was frozen
     gone_on_at: int | None = None  # the turn that its state is of
-    stripped: dict[int, ChatMessage] = field(default_factory=dict)
+    shown: dict[tuple[int, bool], ChatMessage] = field(default_factory=dict)  # by number, and whether with reasoning
     news: list[str] = field(default_factory=list)  # what the next tool result tells the agent
 
 

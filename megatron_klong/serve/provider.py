@@ -8,8 +8,6 @@ Retries are Inspect's (`max_retries`): it knows how long an episode may wait.
     get_model("klong/policy", base_url="http://127.0.0.1:5000", tokenizer="tokenizer.json", turns="turns.jsonl")
 """
 
-import functools
-import json
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from inspect_ai.model import (
     StopReason,
     modelapi,
 )
-from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
+from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo, ToolParams
 
 from megatron_klong.serve.client import Client, ServerError, served_tokenizer
 from megatron_klong.serve.parsing import ParsedTurn, parse
@@ -52,6 +50,8 @@ _UNSUPPORTED = (
 )
 
 
+_ROLES = {str(role): role for role in Role}
+_KEPT_TOOLS = 64
 _KEPT_IDS = 1 << 24  # 64 MiB: what 128 episodes have in windows of 131072 tokens
 
 
@@ -63,6 +63,15 @@ class _Encoded:
     error: object
     before: Role | None
     ids: array[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tools:
+    """What is made of tools; `parameters` are held so that their addresses are theirs as long as this is kept."""
+
+    parameters: list[ToolParams]
+    preamble: list[int]
+    schemas: dict[str, dict[str, dict[str, object]]]
 
 
 class KlongAPI(ModelAPI):
@@ -90,7 +99,7 @@ class KlongAPI(ModelAPI):
         self._tokenizer = load_tokenizer(Path(tokenizer or served_tokenizer(base_url, api_key)))
         self.renderer = GlmRenderer(self._tokenizer)
         self._stop_ids = stop_ids(self._tokenizer)
-        self._preamble_ids = functools.lru_cache(maxsize=64)(self._encode_preamble)
+        self._tools: dict[tuple[tuple[str, str, int], ...], _Tools] = {}
         self._kept: OrderedDict[str, _Encoded] = OrderedDict()
         self._kept_ids = 0
         self._longest: int | None = None
@@ -129,15 +138,15 @@ class KlongAPI(ModelAPI):
         self.turns.add(turn)
         self._episodes.pop(last or "", None)
         self._episodes[turn.key] = episode
-        return self._output(turn, completion, parse(turn.body, self._tokenizer, _schemas(tools)))
+        return self._output(turn, completion, parse(turn.body, self._tokenizer, self._described(tools).schemas))
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
         """The ids that ask for the next turn. Raises UnknownTurn, ProtocolError."""
-        ids = list(self._preamble_ids(json.dumps([_definition(tool) for tool in tools])))
+        ids = list(self._described(tools).preamble)
         before: Role | None = None
         for message in messages:
             ids += self._message_ids(message, before)
-            before = Role(message.role)
+            before = _ROLES[message.role]
         previous = None if before is None else Message(role=before)
         ids += [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
         return ids + self.renderer.header.ids
@@ -153,7 +162,7 @@ class KlongAPI(ModelAPI):
         if isinstance(message, ChatMessageAssistant):
             ids = array("i", [*self.renderer.header.ids, *self._sampled_ids(message)])
         else:
-            ids = array("i", self._encode_text_message(Role(message.role), _text(message), before))
+            ids = array("i", self._encode_text_message(_ROLES[message.role], _text(message), before))
         if key:
             self._kept_ids += len(ids) - (len(kept.ids) if kept else 0)
             self._kept[key] = _Encoded(content=message.content, error=error, before=before, ids=ids)
@@ -162,9 +171,21 @@ class KlongAPI(ModelAPI):
                 self._kept_ids -= len(self._kept.popitem(last=False)[1].ids)
         return ids
 
-    def _encode_preamble(self, definitions: str) -> tuple[int, ...]:
-        preamble = self.renderer.preamble(json.loads(definitions))
-        return tuple(identifier for segment in preamble for identifier in segment.ids)
+    def _described(self, tools: list[ToolInfo]) -> _Tools:
+        """Kept for tools whose parameters are the same objects, as those of our scaffold are at every turn."""
+        key = tuple((tool.name, tool.description, id(tool.parameters)) for tool in tools)
+        kept = self._tools.get(key)
+        if kept is None:
+            preamble = self.renderer.preamble([_definition(tool) for tool in tools])
+            kept = _Tools(
+                parameters=[tool.parameters for tool in tools],
+                preamble=[identifier for segment in preamble for identifier in segment.ids],
+                schemas=_schemas(tools),
+            )
+            if len(self._tools) >= _KEPT_TOOLS:
+                self._tools.clear()
+            self._tools[key] = kept
+        return kept
 
     def _encode_text_message(self, role: Role, text: str, previous: Role | None) -> list[int]:
         before = Message(role=previous) if previous is not None else None
