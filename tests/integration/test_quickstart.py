@@ -43,6 +43,7 @@ def run(runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 SMALL = ("--tasks.long_train_turns", "[]", "--tasks.long_heldout_turns", "[]", "--demonstrations.count", "20")
 
 
+@pytest.mark.long
 def test_the_data_side(tmp_path: Path) -> None:
     lengths = ("--tasks.train_turns", "[12, 60]", "--tasks.heldout_turns", "[10, 20, 40]")
     made = run(tmp_path, "--until", "data", *SMALL, *lengths)

@@ -24,7 +24,7 @@ from megatron_klong.train.step import forward_backward
 # the other cases of the benchmark take minutes
 CASES = [
     "small packed recompute mlp",
-    "small cp2",
+    pytest.param("small cp2", marks=pytest.mark.long),
     pytest.param("small tp2 etp2 packed", marks=pytest.mark.slow),
 ]
 

@@ -49,6 +49,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+@pytest.mark.long
 def test_killed_in_rollouts_and_in_training_it_loses_nothing_and_trains_nothing_twice(run: SmallRun) -> None:
     # 1. killed once some episodes of the first iteration are in the bank
     process = run.start("--stage", "1")
@@ -99,6 +100,7 @@ def test_killed_in_rollouts_and_in_training_it_loses_nothing_and_trains_nothing_
     assert_nothing_is_left(run.path)
 
 
+@pytest.mark.long
 def test_what_was_trained_is_what_was_sampled(run: SmallRun) -> None:
     """After the test above: every trained token of the run, at the temperature it was sampled at."""
     assert len(run.metrics) == 3

@@ -54,6 +54,7 @@ def test_wrapping_for_bf16_changes_no_fp32_value(weights: tuple[Path, ModelConfi
     assert all(torch.equal(written[name], read[name]) for name in read)
 
 
+@pytest.mark.long
 def test_a_bf16_run_moves_the_bias_by_whole_steps_and_resumes_bit_for_bit(
     weights: tuple[Path, ModelConfig], tmp_path: Path
 ) -> None:

@@ -128,7 +128,8 @@ def test_killed_while_saves_are_in_flight_the_newest_whole_one_is_gone_on_from(
     assert not list(checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("layout", ["alone", pytest.param("pipeline", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["alone", "pipeline"])
 def test_a_run_goes_on_in_another_layout(layout: str, shard: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
@@ -158,6 +159,7 @@ def test_what_cannot_be_continued_is_refused(
     assert losses(folder) == losses(undisturbed)
 
 
+@pytest.mark.long
 def test_a_partial_checkpoint_is_passed_over(shard: Path, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)

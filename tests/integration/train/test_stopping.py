@@ -46,6 +46,7 @@ def checkpoints(folder: Path) -> list[str]:
     return [path.name for path in sorted((folder / "checkpoints").iterdir())]
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(
     shard: Path, undisturbed: list[float], tmp_path: Path
 ) -> None:
