@@ -36,7 +36,7 @@ from megatron_klong.agent.ending import Ending
 from megatron_klong.agent.frozen import episode_folder, freeze_requested, unfinished
 from megatron_klong.agent.messages import final_tool_message, to_message, with_tool_seconds
 from megatron_klong.agent.state import Episode, begin, freeze, hard_seconds_left, refused_requests
-from megatron_klong.agent.tools import shortened
+from megatron_klong.agent.tools import cut_middle
 from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -152,13 +152,14 @@ async def _act(episode: Episode, reply: ChatMessageAssistant) -> None:
     asked = len(episode.state.messages) - 1
     read_before = episode.reading.complete
     started = time.monotonic()
+    episode.toolbox.begin_turn(episode.turns)
     results = (await execute_tools([reply], episode.tools, max_output=0)).messages
     _raise_for_sandbox(results)
     for number, result in enumerate(results, 1):
         assert isinstance(result, ChatMessageTool)
-        text = f"Error: {result.error.message}" if result.error else result.text
-        whole = f"/tmp/output/{episode.turns}-{number}.txt"
-        text = await shortened(text, episode.config.output_characters, whole)
+        text = result.text
+        if result.error:
+            text = cut_middle(f"Error: {result.error.message}", episode.config.output_characters)
         reading = episode.reading.show(text)
         if number == len(results):
             text = "\n".join([text, *_notes(episode, read_before)])

@@ -28,10 +28,15 @@ class Toolbox:
 
     def __init__(self, config: EpisodeConfig, reading: ReadingTracker, deadline: Deadline) -> None:
         self.end_message: str | None = None
+        self._turn, self._results = 0, 0
         self.jobs = Jobs()
         self._config = config
         self._reading = reading
         self._deadline = deadline
+
+    def begin_turn(self, number: int) -> None:
+        """Results that are cut are named by the turn and their place in it."""
+        self._turn, self._results = number, 0
 
     def tools(self) -> list[ToolDef]:
         """Those the configuration names, in its order."""
@@ -81,7 +86,8 @@ class Toolbox:
         if not shown:
             return f"File has {len(lines)} total lines. There is no line {first}."
         numbered = "\n".join(f"{number}: {line}" for number, line in enumerate(shown, first))
-        return f"File has {len(lines)} total lines. Showing lines {first} to {first + len(shown) - 1}.\n{numbered}"
+        head = f"File has {len(lines)} total lines. Showing lines {first} to {first + len(shown) - 1}."
+        return await self._shortened(f"{head}\n{numbered}")
 
     async def search_file(self, file: str, query: str, context_lines: int = 2, page: int = 1) -> str:
         """Search a file for text.
@@ -105,7 +111,7 @@ class Toolbox:
             )
             for match in chosen
         ]
-        return "\n--\n".join([f"{len(found)} matches. Page {page} of {pages}.", *blocks])
+        return await self._shortened("\n--\n".join([f"{len(found)} matches. Page {page} of {pages}.", *blocks]))
 
     async def background(self, cmd: str) -> str:
         """Start a shell command that runs on while you go on; bash and python end all they leave running.
@@ -161,9 +167,17 @@ class Toolbox:
             return f"Refused: read {PAPER} first ({self._reading.progress})."
         return None
 
+    async def _shortened(self, text: str) -> str:
+        """Here, before Inspect has it: its log would hold all of a flood, turn by turn."""
+        self._results += 1
+        return await shortened(text, self._config.output_characters, f"/tmp/output/{self._turn}-{self._results}.txt")
+
     async def _work(self, command: list[str], input: str | None = None) -> str:
         if refusal := self._unread():
             return refusal
+        return await self._shortened(await self._output(command, input))
+
+    async def _output(self, command: list[str], input: str | None) -> str:
         timeout = math.ceil(self._config.command_timeout.in_seconds)
         try:
             result = await sandbox().exec(

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
+from inspect_ai.event import ToolEvent
+from inspect_ai.log import read_eval_log
 
 from megatron_klong.agent.collect import collect
 from megatron_klong.trajectory.episode import read_episode
@@ -56,6 +58,10 @@ def test_a_long_result_is_whole_in_the_file_that_it_names(tmp_path: Path, tasks:
     assert first.splitlines()[-1] == "100000"
     assert "characters left out; all of it is in /tmp/output/1-1.txt]" in first
     assert second == "the same"
+    (log,) = (tmp_path / "logs").glob("*.eval")
+    assert log.stat().st_size < 100_000  # which seq alone has more than
+    (sample,) = read_eval_log(str(log)).samples or []
+    assert max(len(str(event.result)) for event in sample.events if isinstance(event, ToolEvent)) < 3000
 
 
 def test_submit_waits_for_its_time_and_for_all_it_needs(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
