@@ -51,9 +51,9 @@ def saying(answer: bytes, *, hang: bool = False) -> Iterator[str]:
             thread.join()
 
 
-def complete(url: str, **settings: float) -> Completion:
+def complete(url: str, *, timeout_seconds: float | None = None) -> Completion:
     async def run() -> Completion:
-        async with Client(url, **settings) as client:  # type: ignore[arg-type]
+        async with Client(url, timeout_seconds=timeout_seconds) as client:
             return await client.complete(REQUEST)
 
     return anyio.run(run)
