@@ -129,7 +129,8 @@ class ChatCompletions:
         """What a trainer needs, beside what OpenAI's message has."""
         if self.delivery.top_logprobs is None:
             return {}
-        return {name: value for name, value in completion.to_choice().items() if name != "finish_reason"}
+        sampled = completion.to_choice(prompt_tokens=self.delivery.return_prompt_tokens)
+        return {name: value for name, value in sampled.items() if name != "finish_reason"}
 
     def _logprobs(
         self, ids: Sequence[int], values: Sequence[float], top: Sequence[Sequence[tuple[int, float]]]

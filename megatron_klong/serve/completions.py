@@ -81,7 +81,8 @@ class TextCompletions:
         logprobs = self._logprobs(
             completion.generation_token_ids, completion.generation_log_probs, completion.top_log_probs
         )
-        return {"index": place, "text": text, "logprobs": logprobs, **completion.to_choice()}
+        sampled = completion.to_choice(prompt_tokens=self.delivery.return_prompt_tokens)
+        return {"index": place, "text": text, "logprobs": logprobs, **sampled}
 
     def _stream(self, place: int) -> TextStream | None:
         if self.tokenizer is not None and place not in self.streams:

@@ -5,7 +5,11 @@ Always: a `Completion` has at least one id, and as many finite log-probabilities
 ReplyError, never a sample (tests/unit/serve/test_protocol.py).
 """
 
+import hashlib
 import math
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -86,6 +90,11 @@ class CompletionRequest(WireMessage):
             raise ValueError(f"stop: strings have 1 to {_LONGEST_STOP} characters")
         return self
 
+    @cached_property
+    def prompt_sha256(self) -> str:
+        """As a reply states it that does not repeat the prompt."""
+        return sha256_of_ids(self.prompt_token_ids)
+
     def to_wire(self) -> dict[str, Any]:
         """The body of a POST."""
         fields = self.model_dump(mode="json", exclude={"prompt_token_ids"}, exclude_defaults=True)
@@ -123,18 +132,31 @@ class Completion(WireMessage):
             raise ValueError("a log-probability is above 0 or not finite")
         return self
 
-    def to_choice(self) -> dict[str, Any]:
-        """As a choice of a reply holds it."""
-        optional = {"moe_topk_indices"} if self.moe_topk_indices is None else set()
-        return self.model_dump(mode="json", exclude={"top_log_probs", *optional})
+    def to_choice(self, *, prompt_tokens: bool = True) -> dict[str, Any]:
+        """As a choice of a reply holds it: with the ids of the prompt, or with their SHA-256."""
+        left_out = {"top_log_probs"}
+        if self.moe_topk_indices is None:
+            left_out.add("moe_topk_indices")
+        if prompt_tokens:
+            return self.model_dump(mode="json", exclude=left_out)
+        choice = self.model_dump(mode="json", exclude=left_out | {"prompt_token_ids"})
+        return {"prompt_sha256": sha256_of_ids(self.prompt_token_ids), **choice}
 
     @classmethod
-    def from_wire(cls, body: Any) -> Self:
-        """Read a reply, not of chat. Raises ReplyError unless it has one choice, with ids and log-probabilities."""
+    def from_wire(cls, body: Any, request: CompletionRequest | None = None) -> Self:
+        """Read a reply, not of chat; with `request`, the reply to that.
+
+        Raises ReplyError unless it has one choice, with ids and log-probabilities, and is to the prompt of the request.
+        """
         choices = body.get("choices") if isinstance(body, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise ReplyError("the reply does not hold exactly one choice")
         present = {name: value for name, value in choices[0].items() if value is not None}
+        read = present.pop("prompt_sha256", None)
+        if request is not None and read == request.prompt_sha256:
+            present["prompt_token_ids"] = request.prompt_token_ids
+        elif request is not None and present.get("prompt_token_ids") != list(request.prompt_token_ids):
+            raise ReplyError("the reply is to another prompt than was sent")
         try:
             return validated(cls, present)
         except ProtocolError as error:
@@ -167,3 +189,8 @@ def validated[Model: WireMessage](model: type[Model], fields: dict[str, Any]) ->
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False)]
         raise ProtocolError("; ".join(fault.removeprefix(": ") for fault in faults)) from None
+
+
+def sha256_of_ids(ids: Sequence[int]) -> str:
+    """Of token ids as little-endian int32."""
+    return hashlib.sha256(array("i", ids).tobytes()).hexdigest()

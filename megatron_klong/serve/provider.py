@@ -10,7 +10,7 @@ Retries are Inspect's (`max_retries`): it knows how long an episode may wait.
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -55,14 +55,18 @@ _KEPT_TOOLS = 64
 _KEPT_IDS = 1 << 24  # 64 MiB: what 128 episodes have in windows of 131072 tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """The ids of a message that has this content, these very objects, and comes behind a message of that role."""
+@dataclass(slots=True)
+class _Prompt:
+    """What an episode was last asked, without what asks for the reply: its next prompt mostly begins so.
 
-    content: object
-    error: object
-    before: Role | None
-    ids: array[int]
+    preamble: of its tools.  contents: who said what, or with which error: these very objects.
+    """
+
+    episode: str
+    """Named to the server, so that one with replicas finds its cache."""
+    preamble: list[int]
+    contents: list[tuple[Role, object, object]] = field(default_factory=list)
+    ids: array[int] = field(default_factory=lambda: array("i"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,9 @@ class KlongAPI(ModelAPI):
         self.renderer = GlmRenderer(self._tokenizer)
         self._stop_ids = stop_ids(self._tokenizer)
         self._tools: dict[tuple[tuple[str, str, int], ...], _Tools] = {}
-        self._kept: OrderedDict[str, _Encoded] = OrderedDict()
+        self._prompts: OrderedDict[str, _Prompt] = OrderedDict()  # of each episode, by its last turn
         self._kept_ids = 0
         self._longest: int | None = None
-        self._episodes: dict[str, str] = {}  # by its last turn, so that a server with replicas finds its cache
         self._client = Client(base_url, token=api_key)
         self.turns = TurnStore(None if turns is None else Path(turns))
 
@@ -115,10 +118,10 @@ class KlongAPI(ModelAPI):
         Raises ServerError, ProtocolError, UnknownTurn.
         """
         _check_supported(tool_choice, config)
-        prompt = self.prompt_ids(input, tools)
-        longest = await self._longest_sequence()
         last = next((message.id for message in reversed(input) if message.role == "assistant"), None)
-        episode = self._episodes.get(last or "") or uuid4().hex
+        asked = self._prompt(input, tools, self._prompts.get(last or ""))
+        prompt = self._asking(asked.ids, input)
+        longest = await self._longest_sequence()
         if len(prompt) >= longest:
             # Inspect's word for it; the scaffold asks again with less history
             said = f"a prompt of {len(prompt)} tokens leaves no room in the server's {longest}"
@@ -131,45 +134,51 @@ class KlongAPI(ModelAPI):
             top_k=config.top_k or 0,
             stop_token_ids=self._stop_ids,
             seed=config.seed,
-            prompt_cache_key=episode,
+            prompt_cache_key=asked.episode,
         )
         completion = await self._client.complete(request)
-        turn = SampledTurn.of(uuid4().hex, completion)
+        turn = SampledTurn.of(uuid4().hex, request, completion)
         self.turns.add(turn)
-        self._episodes.pop(last or "", None)
-        self._episodes[turn.key] = episode
+        self._keep(asked, last, turn.key)
         return self._output(turn, completion, parse(turn.body, self._tokenizer, self._described(tools).schemas))
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
         """The ids that ask for the next turn. Raises UnknownTurn, ProtocolError."""
-        ids = list(self._described(tools).preamble)
-        before: Role | None = None
-        for message in messages:
-            ids += self._message_ids(message, before)
-            before = _ROLES[message.role]
-        previous = None if before is None else Message(role=before)
-        ids += [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
-        return ids + self.renderer.header.ids
+        return self._asking(self._prompt(messages, tools).ids, messages)
+
+    def _asking(self, ids: array[int], messages: list[ChatMessage]) -> list[int]:
+        """A prompt, with what asks for the reply."""
+        previous = Message(role=_ROLES[messages[-1].role]) if messages else None
+        closing = [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
+        return [*ids, *closing, *self.renderer.header.ids]
+
+    def _prompt(self, messages: list[ChatMessage], tools: list[ToolInfo], last: _Prompt | None = None) -> _Prompt:
+        """`last` gone on with, if the messages begin with its; else made anew. Raises UnknownTurn, ProtocolError."""
+        preamble = self._described(tools).preamble
+        contents = [_content(message) for message in messages]
+        known = len(last.contents) if last else 0
+        if last and last.preamble is preamble and all(map(_same, last.contents, contents)) and known <= len(contents):
+            ids = last.ids[:]
+        else:
+            known, ids = 0, array("i", preamble)
+        before = contents[known - 1][0] if known else None
+        for message, (role, _, _) in zip(messages[known:], contents[known:], strict=True):
+            ids.extend(self._message_ids(message, before))
+            before = role
+        return _Prompt(episode=last.episode if last else uuid4().hex, preamble=preamble, contents=contents, ids=ids)
+
+    def _keep(self, prompt: _Prompt, before: str | None, turn: str) -> None:
+        """For the turn that follows this one, in place of what was kept for this one."""
+        replaced = self._prompts.pop(before or "", None)
+        self._kept_ids += len(prompt.ids) - (len(replaced.ids) if replaced else 0)
+        self._prompts[turn] = prompt
+        while self._kept_ids > _KEPT_IDS and len(self._prompts) > 1:
+            self._kept_ids -= len(self._prompts.popitem(last=False)[1].ids)
 
     def _message_ids(self, message: ChatMessage, before: Role | None) -> array[int]:
-        """Of one message; those of a message that is still the same are kept from turn to turn."""
-        key = message.id or ""
-        error = message.error if isinstance(message, ChatMessageTool) else None
-        kept = self._kept.get(key)
-        if kept and kept.content is message.content and kept.error is error and kept.before is before:
-            self._kept.move_to_end(key)
-            return kept.ids
         if isinstance(message, ChatMessageAssistant):
-            ids = array("i", [*self.renderer.header.ids, *self._sampled_ids(message)])
-        else:
-            ids = array("i", self._encode_text_message(_ROLES[message.role], _text(message), before))
-        if key:
-            self._kept_ids += len(ids) - (len(kept.ids) if kept else 0)
-            self._kept[key] = _Encoded(content=message.content, error=error, before=before, ids=ids)
-            self._kept.move_to_end(key)
-            while self._kept_ids > _KEPT_IDS and len(self._kept) > 1:
-                self._kept_ids -= len(self._kept.popitem(last=False)[1].ids)
-        return ids
+            return array("i", [*self.renderer.header.ids, *self._sampled_ids(message)])
+        return array("i", self._encode_text_message(_ROLES[message.role], _text(message), before))
 
     def _described(self, tools: list[ToolInfo]) -> _Tools:
         """Kept for tools whose parameters are the same objects, as those of our scaffold are at every turn."""
@@ -272,6 +281,15 @@ class KlongAPI(ModelAPI):
 def klong() -> type[ModelAPI]:
     """What Inspect AI finds under the name `klong/...`."""
     return KlongAPI
+
+
+def _content(message: ChatMessage) -> tuple[Role, object, object]:
+    return _ROLES[message.role], message.content, message.error if isinstance(message, ChatMessageTool) else None
+
+
+def _same(one: tuple[Role, object, object], other: tuple[Role, object, object]) -> bool:
+    """Whether these are the same objects."""
+    return one[0] is other[0] and one[1] is other[1] and one[2] is other[2]
 
 
 def _text(message: ChatMessage) -> str:

@@ -5,17 +5,15 @@ ids. With a file each turn is also appended to it as a line of JSON before the r
 episode sampled outlives it; a line cut short by a kill is left out when the file is read.
 """
 
-import hashlib
 import json
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from megatron_klong.files import write_atomically
-from megatron_klong.serve.protocol import Completion
+from megatron_klong.serve.protocol import Completion, CompletionRequest
 from megatron_klong.trajectory.schema import Sampled
 
 
@@ -34,11 +32,11 @@ class SampledTurn(BaseModel):
     policy_epoch: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, key: str, completion: Completion) -> Self:
+    def of(cls, key: str, request: CompletionRequest, completion: Completion) -> Self:
         return cls(
             key=key,
-            prompt_tokens=len(completion.prompt_token_ids),
-            prompt_sha256=sha256_of_ids(completion.prompt_token_ids),
+            prompt_tokens=len(request.prompt_token_ids),
+            prompt_sha256=request.prompt_sha256,
             ids=completion.generation_token_ids,
             log_probs=completion.generation_log_probs,
             stopped=completion.finish_reason == "stop",
@@ -109,7 +107,3 @@ def read_turns(path: Path) -> list[SampledTurn]:
             continue
         turns.append(SampledTurn.model_validate(fields))
     return turns
-
-
-def sha256_of_ids(ids: Sequence[int]) -> str:
-    return hashlib.sha256(array("i", ids).tobytes()).hexdigest()

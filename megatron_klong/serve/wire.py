@@ -20,12 +20,11 @@ _SAMPLING = (
     *("temperature", "top_p", "top_k", "seed", "stop_token_ids", "deadline_seconds", "policy_epoch_at_least"),
     *("routes", "prompt_cache_key"),
 )
-_DELIVERY = ("n", "stream", "stream_options", "logprobs", "top_logprobs", "echo")
+_DELIVERY = ("n", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "return_prompt_tokens")
 # say nothing about the reply
 _NOTES = frozenset(
     {
         *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention"),
-        "return_prompt_tokens",
     }
 )
 # fields of the interface that are not implemented, with the values that change nothing
@@ -55,12 +54,17 @@ class _Strict(WireMessage):
 
 
 class Delivery(_Strict):
-    """How a reply is handed over. n: replies to each prompt.  top_logprobs: None if no log-probabilities are asked."""
+    """How a reply is handed over.
+
+    n: replies to each prompt.  top_logprobs: None if no log-probabilities are asked.  return_prompt_tokens: the ids of
+    the prompt, or their SHA-256.
+    """
 
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     include_usage: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    return_prompt_tokens: bool = True
 
 
 class Asked(_Strict):
@@ -156,6 +160,6 @@ def _delivery(given: Mapping[str, Any]) -> Delivery:
         raise ProtocolError("stream_options: an object is needed")
     if others := [name for name in options if name != "include_usage"]:
         raise ProtocolError(f"stream_options.{others[0]}: no such field here; leave it out")
-    fields = {name: given[name] for name in ("n", "stream") if name in given}
+    fields = {name: given[name] for name in ("n", "stream", "return_prompt_tokens") if name in given}
     usage = {"include_usage": options["include_usage"]} if "include_usage" in options else {}
     return validated(Delivery, {**fields, **usage, "top_logprobs": top})

@@ -15,9 +15,8 @@ import torch
 from inspect_ai.model import ChatMessage, ChatMessageUser, GenerateConfig, get_model
 
 from megatron_klong.serve.client import Client, ServerError
-from megatron_klong.serve.protocol import CompletionRequest
+from megatron_klong.serve.protocol import CompletionRequest, sha256_of_ids
 from megatron_klong.serve.provider import KlongAPI
-from megatron_klong.serve.turns import sha256_of_ids
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.schema import Message, Role
 from megatron_klong.trajectory.tokenizer import load_tokenizer

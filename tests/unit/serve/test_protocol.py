@@ -45,9 +45,17 @@ def test_a_request_is_read_as_it_was_sent(request: CompletionRequest) -> None:
     assert TextCompletions.of(body, model="m", tokenizer=None).requests == [request]
 
 
-@given(IDS, st.lists(st.tuples(st.integers(0, 99), st.floats(-50, 0)), min_size=1), st.sampled_from(["stop", "length"]))
-def test_a_reply_is_read_as_it_was_sent(prompt: list[int], sampled: list[tuple[int, float]], reason: Any) -> None:
-    asked = TextCompletions.of({"prompt": prompt}, model="m", tokenizer=None)
+@given(
+    IDS,
+    st.lists(st.tuples(st.integers(0, 99), st.floats(-50, 0)), min_size=1),
+    st.sampled_from(["stop", "length"]),
+    st.booleans(),
+)
+def test_a_reply_is_read_as_it_was_sent(
+    prompt: list[int], sampled: list[tuple[int, float]], reason: Any, repeats_prompt: bool
+) -> None:
+    body = {"prompt": prompt, "return_prompt_tokens": repeats_prompt}
+    asked = TextCompletions.of(body, model="m", tokenizer=None)
     completion = Completion(
         prompt_token_ids=tuple(prompt),
         generation_token_ids=tuple(identifier for identifier, _ in sampled),
@@ -55,7 +63,12 @@ def test_a_reply_is_read_as_it_was_sent(prompt: list[int], sampled: list[tuple[i
         finish_reason=reason,
         policy_epoch=((0, 3),),
     )
-    assert Completion.from_wire(json.loads(json.dumps(asked.reply([completion])))) == completion
+    reply = json.loads(json.dumps(asked.reply([completion])))
+    assert Completion.from_wire(reply, asked.requests[0]) == completion
+    assert ("prompt_token_ids" in reply["choices"][0]) is repeats_prompt
+    other = CompletionRequest(prompt_token_ids=(*prompt, 5), max_tokens=1)
+    with pytest.raises(ReplyError, match="to another prompt"):
+        Completion.from_wire(reply, other)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from inspect_ai.model import (
     ModelOutput,
     get_model,
 )
-from inspect_ai.tool import ToolInfo, ToolParam, ToolParams
+from inspect_ai.tool import ToolCallError, ToolInfo, ToolParam, ToolParams
 
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.protocol import (
@@ -141,6 +141,44 @@ def test_sampled_ids_stand_in_later_prompts_as_they_were_sampled(
     assert tokenizer.decode(after[len(before) + len(shown) :]) == (
         "<|observation|>\n<tool_response>\n3\n</tool_response><|assistant|>"
     )
+
+
+@pytest.mark.parametrize("kept_ids", [0, 1 << 24])
+def test_a_prompt_is_what_it_would_be_anew_whatever_became_of_the_one_before(
+    provider: Callable[[Scripted], KlongAPI], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kept_ids: int
+) -> None:
+    monkeypatch.setattr("megatron_klong.serve.provider._KEPT_IDS", kept_ids)
+    engine = Scripted(lambda request: sampled(tokenizer, "a", "b", "ls", "<|observation|>"))
+    api = provider(engine)
+
+    def longer(messages: list[ChatMessage]) -> list[ChatMessage]:
+        return messages
+
+    def cut(messages: list[ChatMessage]) -> list[ChatMessage]:
+        return [*messages[:2], *messages[4:]]
+
+    def no_more(messages: list[ChatMessage]) -> list[ChatMessage]:
+        return messages[:-2]
+
+    def edited(messages: list[ChatMessage]) -> list[ChatMessage]:
+        return [*messages[:3], messages[3].model_copy(update={"content": "4"}), *messages[4:]]
+
+    def failed(messages: list[ChatMessage]) -> list[ChatMessage]:
+        return [*messages[:3], messages[3].model_copy(update={"error": ToolCallError("unknown", "no")}), *messages[4:]]
+
+    def said_by_another(messages: list[ChatMessage]) -> list[ChatMessage]:
+        return [*messages[:3], ChatMessageUser(content=messages[3].content), *messages[4:]]
+
+    def in_place(messages: list[ChatMessage]) -> list[ChatMessage]:
+        messages[3].content = "5"
+        return messages
+
+    messages = list(TASK)
+    turns = [longer, longer, edited, longer, failed, said_by_another, in_place, longer, cut, no_more, longer]
+    for number, turn in enumerate(turns):
+        reply = ask(api, messages).message
+        assert list(engine.asked[-1].prompt_token_ids) == api.prompt_ids(messages, [BASH]), turns[number - 1].__name__
+        messages = turn([*messages, reply, ChatMessageTool(content=f"{number}", tool_call_id="c")])
 
 
 def test_a_reply_not_sampled_here_or_rewritten_is_an_error(

@@ -123,6 +123,7 @@ def test_what_asks_for_nothing_else_is_taken(field: str, value: Any) -> None:
         ({"prevent_retokenization": False}, "prevent_retokenization"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"echo": True}, "echo: prompt_token_ids of every reply"),
+        ({"return_prompt_tokens": 1}, "return_prompt_tokens"),
         ({"reasoning_effort": "high"}, "reasoning_effort: no such field here"),
         ({"tools": []}, "tools: no such field here"),
         ({"prompt_token_ids": [1]}, "prompt_token_ids: no such field"),
