@@ -38,7 +38,9 @@ class Run:
         print(f"{name} ...", flush=True)
         started = time.monotonic()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        spent = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        print(f"{name}: {spent:.0f} s", flush=True)
 
     @property
     def tokenizer(self) -> Path:

@@ -83,6 +83,7 @@ def start_program(run: Run, name: str, program: Sequence[str], settings: dict[st
     output = run.output / f"{name}.txt"
     output.parent.mkdir(parents=True, exist_ok=True)
     flags = [part for key, value in settings.items() for part in (f"--{key}", value)]
+    print(f"  to watch it: tail -f {output}", flush=True)
     with output.open("wb") as printed:
         command = [sys.executable, *program, *flags]
         status = processes.run(command, output=printed, environment=run.environment, stop_seconds=_STOP_SECONDS)

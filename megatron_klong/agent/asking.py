@@ -24,6 +24,7 @@ from megatron_klong.agent.messages import (
 )
 from megatron_klong.agent.state import Episode, sampled_turns
 from megatron_klong.serve.protocol import ProtocolError, ReplyError
+from megatron_klong.serve.provider import BriefTool
 from megatron_klong.serve.turns import UnknownTurn
 from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.episode import TurnRecord
@@ -60,6 +61,8 @@ def _took_turn(
     episode.turns += 1
     episode.sampled_tokens += output.usage.output_tokens if output.usage else 0
     turns = sampled_turns()
+    if turns is not None and episode.offered is episode.tools:
+        episode.offered = [BriefTool.of(tool) for tool in episode.tools]
     sampled = None if turns is None else turns[reply.id or ""]
     if sampled is not None and sampled.prompt_sha256 != prompt.fingerprint.sha256:
         raise ContextError(f"turn {episode.turns}: the engine was given another prompt than the context policy made")
@@ -135,7 +138,7 @@ async def _generate(episode: Episode, prompt: Prompt) -> ModelOutput:
         limits.append(max(1, episode.config.token_limit - episode.sampled_tokens))
     return await get_model().generate(
         _visible(episode, prompt),
-        tools=episode.tools,
+        tools=episode.offered,
         config=GenerateConfig(
             max_tokens=min(limits),
             max_retries=episode.config.engine_retries,

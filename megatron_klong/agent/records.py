@@ -11,6 +11,7 @@ from typing import Any
 
 from inspect_ai.log import EvalSample, read_eval_log, resolve_sample_attachments
 from inspect_ai.model import ChatMessage
+from pydantic_core import from_json
 
 from megatron_klong.agent.ending import Ending
 from megatron_klong.agent.failures import explain_failure
@@ -56,7 +57,7 @@ def record_of(sample: EvalSample, model: str, log_name: str, turns: TurnStore | 
         refused_requests=notes.get("refused_requests", 0),
         windows=1 + max((turn.window for turn in played if turn.window is not None), default=-1),
         messages=[_message_record(message, turns) for message in sample.messages],
-        tools=notes.get("tools", []),
+        tools=from_json(notes.get("tools", "[]")),
         turns=played,
         context=PolicyRecord.model_validate(notes["context"]) if "context" in notes else None,
         tokenizer_sha256=notes.get("tokenizer_sha256"),

@@ -13,9 +13,10 @@ from typing import Any
 
 from inspect_ai.model import ChatMessage, get_model
 from inspect_ai.solver import TaskState
-from inspect_ai.tool import ToolDef
+from inspect_ai.tool import ToolDef, ToolInfo
 from inspect_ai.util import sample_limits, sandbox
 from pydantic import TypeAdapter
+from pydantic_core import to_json
 
 from megatron_klong.agent.archive import archive_slot, provided, read_compressed, read_tar, write_compressed, write_tar
 from megatron_klong.agent.config import EpisodeConfig
@@ -44,6 +45,7 @@ class Episode:
     reading: ReadingTracker
     toolbox: Toolbox
     tools: list[ToolDef]
+    offered: Sequence[ToolDef | ToolInfo]  # these, as the next request names them
     live: LiveContext
     tokenizer_sha256: str
     turns: int = 0
@@ -76,7 +78,7 @@ async def begin(state: TaskState, config: EpisodeConfig, renderer: GlmRenderer, 
     tools = toolbox.tools()
     definitions = tool_definitions(tools)
     notes |= {
-        "tools": list(definitions),
+        "tools": to_json(definitions).decode(),  # a text: Inspect compares the store, field by field, at every call
         "context": PolicyRecord.of(config.context.policy).model_dump(),
         "tokenizer_sha256": renderer.tokenizer.sha256,
         "seconds_before": frozen.total_seconds if frozen else 0.0,
@@ -89,6 +91,7 @@ async def begin(state: TaskState, config: EpisodeConfig, renderer: GlmRenderer, 
         reading=reading,
         toolbox=toolbox,
         tools=tools,
+        offered=tools,
         live=LiveContext(renderer, config.context.policy, definitions, head),
         tokenizer_sha256=renderer.tokenizer.sha256,
     )

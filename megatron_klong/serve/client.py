@@ -20,10 +20,13 @@ from megatron_klong.serve.protocol import (
     REFIT,
     Completion,
     CompletionRequest,
+    PromptIds,
     ProtocolError,
     RefitReply,
     RefitRequest,
+    Reply,
     ReplyError,
+    Sampling,
     validated,
 )
 
@@ -68,9 +71,15 @@ class Client:
 
     async def complete(self, request: CompletionRequest) -> Completion:
         """Sample one reply. Raises ServerError, ProtocolError."""
-        # a long prompt need not come back whole: its hash says as well which one was read
-        body = {**request.to_wire(), "return_prompt_tokens": False}
-        return Completion.from_wire(await self._with_retries("POST", COMPLETIONS, body), request)
+        reply = await self.sample(PromptIds(request.prompt_token_ids), request)
+        return Completion(prompt_token_ids=request.prompt_token_ids, **dict(reply))
+
+    async def sample(self, prompt: PromptIds, sampling: Sampling) -> Reply:
+        """The same for a prompt that is kept as it is sent. Raises ServerError, ProtocolError."""
+        # a long prompt need not come back: its hash says as well which one was read
+        rest = to_json({**Sampling.to_wire(sampling), "return_prompt_tokens": False})
+        body = b'{"prompt":' + prompt.json + b"," + rest.removeprefix(b"{")
+        return Reply.from_wire(await self._with_retries("POST", COMPLETIONS, body), prompt)
 
     async def max_sequence_length(self) -> int:
         """Longest prompt with its reply that the server takes. Raises ServerError, ProtocolError.
@@ -95,7 +104,7 @@ class Client:
 
     async def refit(self, request: RefitRequest) -> RefitReply:
         """Have the server take other weights. Raises ServerError (409: it serves the old ones on), ProtocolError."""
-        body = await self._once("POST", REFIT, request.model_dump(mode="json", exclude_none=True))
+        body = await self._once("POST", REFIT, to_json(request.model_dump(mode="json", exclude_none=True)))
         return validated(RefitReply, body)
 
     async def aclose(self) -> None:
@@ -109,7 +118,7 @@ class Client:
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
-    async def _with_retries(self, method: str, path: str, body: Any) -> Any:
+    async def _with_retries(self, method: str, path: str, body: bytes | None) -> Any:
         for attempt in range(self._retries + 1):
             try:
                 return await self._once(method, path, body)
@@ -136,11 +145,11 @@ class Client:
             )
         return self._session
 
-    async def _once(self, method: str, path: str, body: Any) -> Any:
-        content, headers = (None, None) if body is None else (to_json(body), _JSON)
+    async def _once(self, method: str, path: str, body: bytes | None) -> Any:
+        headers = None if body is None else _JSON
         try:
             async with self._connected().request(
-                method, self.base_url + path, data=content, headers=headers, allow_redirects=False
+                method, self.base_url + path, data=body, headers=headers, allow_redirects=False
             ) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -9,10 +9,10 @@ import hashlib
 import math
 from array import array
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import to_json
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -54,15 +54,56 @@ class WireMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
-class CompletionRequest(WireMessage):
-    """A prompt and how to go on from it. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 take all.
+class PromptIds:
+    """A prompt as it goes over the wire, and its hash; a longer one is made from it at the cost of what is new.
+
+    A prompt of 100,000 ids made anew at every turn would cost more than all else about the turn.
+    """
+
+    __slots__ = ("_hash", "_length", "_text")
+
+    def __init__(self, ids: Sequence[int] = ()) -> None:
+        """Raises ProtocolError for what is no token id."""
+        self._length = 0
+        self._text = b""
+        self._hash = hashlib.sha256()
+        self._append(ids)
+
+    def followed_by(self, ids: Sequence[int]) -> "PromptIds":
+        """These ids and those, as another object. Raises ProtocolError."""
+        longer = PromptIds()
+        longer._length, longer._text, longer._hash = self._length, self._text, self._hash.copy()
+        longer._append(ids)
+        return longer
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _append(self, ids: Sequence[int]) -> None:
+        if not ids:
+            return
+        self._hash.update(_as_int32(ids))
+        self._text += (b"," if self._text else b"") + to_json(list(ids))[1:-1]
+        self._length += len(ids)
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids as little-endian int32 (as in trajectory/live.py)."""
+        return self._hash.hexdigest()
+
+    @property
+    def json(self) -> bytes:
+        return b"[" + self._text + b"]"
+
+
+class Sampling(WireMessage):
+    """How to go on from a prompt. Temperature 0 takes the likeliest token; top_k 0 and top_p 1 take all.
 
     With both, top_p is of what top_k leaves.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
     max_tokens: int = Field(gt=0)
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -90,21 +131,25 @@ class CompletionRequest(WireMessage):
             raise ValueError(f"stop: strings have 1 to {_LONGEST_STOP} characters")
         return self
 
-    @cached_property
-    def prompt_sha256(self) -> str:
-        """As a reply states it that does not repeat the prompt."""
-        return sha256_of_ids(self.prompt_token_ids)
+    def to_wire(self) -> dict[str, Any]:
+        """The body of a POST, without the prompt."""
+        fields = self.model_dump(mode="json", exclude={"prompt_token_ids"}, exclude_defaults=True)
+        return {"logprobs": 0, **fields}
+
+
+class CompletionRequest(Sampling):
+    """A prompt and how to go on from it."""
+
+    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
 
     def to_wire(self) -> dict[str, Any]:
         """The body of a POST."""
-        fields = self.model_dump(mode="json", exclude={"prompt_token_ids"}, exclude_defaults=True)
-        return {"prompt": list(self.prompt_token_ids), "logprobs": 0, **fields}
+        return {"prompt": list(self.prompt_token_ids), **super().to_wire()}
 
 
-class Completion(WireMessage):
+class Reply(WireMessage):
     """What was sampled. The stop token, if one was sampled, is the last id."""
 
-    prompt_token_ids: tuple[int, ...]
     generation_token_ids: tuple[int, ...] = Field(min_length=1)
     generation_log_probs: tuple[float, ...]
     """Of each id under the distribution it was drawn from, that is after temperature, top_k and top_p; of a greedy
@@ -132,6 +177,29 @@ class Completion(WireMessage):
             raise ValueError("a log-probability is above 0 or not finite")
         return self
 
+    @classmethod
+    def from_wire(cls, body: Any, prompt: PromptIds | None = None) -> Self:
+        """Read a reply, not of chat; with `prompt`, the reply to that.
+
+        Raises ReplyError unless it has one choice, with ids and log-probabilities, and says that it is to the prompt.
+        """
+        choices = body.get("choices") if isinstance(body, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise ReplyError("the reply does not hold exactly one choice")
+        present = {name: value for name, value in choices[0].items() if value is not None}
+        try:
+            if prompt is not None and _prompt_read(present) != prompt.sha256:
+                raise ReplyError("the reply is to another prompt than was sent")
+            return validated(cls, present)
+        except ProtocolError as error:
+            raise ReplyError(str(error)) from None
+
+
+class Completion(Reply):
+    """A reply with its prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+
     def to_choice(self, *, prompt_tokens: bool = True) -> dict[str, Any]:
         """As a choice of a reply holds it: with the ids of the prompt, or with their SHA-256."""
         left_out = {"top_log_probs"}
@@ -141,26 +209,6 @@ class Completion(WireMessage):
             return self.model_dump(mode="json", exclude=left_out)
         choice = self.model_dump(mode="json", exclude=left_out | {"prompt_token_ids"})
         return {"prompt_sha256": sha256_of_ids(self.prompt_token_ids), **choice}
-
-    @classmethod
-    def from_wire(cls, body: Any, request: CompletionRequest | None = None) -> Self:
-        """Read a reply, not of chat; with `request`, the reply to that.
-
-        Raises ReplyError unless it has one choice, with ids and log-probabilities, and is to the prompt of the request.
-        """
-        choices = body.get("choices") if isinstance(body, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise ReplyError("the reply does not hold exactly one choice")
-        present = {name: value for name, value in choices[0].items() if value is not None}
-        read = present.pop("prompt_sha256", None)
-        if request is not None and read == request.prompt_sha256:
-            present["prompt_token_ids"] = request.prompt_token_ids
-        elif request is not None and present.get("prompt_token_ids") != list(request.prompt_token_ids):
-            raise ReplyError("the reply is to another prompt than was sent")
-        try:
-            return validated(cls, present)
-        except ProtocolError as error:
-            raise ReplyError(str(error)) from None
 
 
 class RefitRequest(WireMessage):
@@ -192,5 +240,20 @@ def validated[Model: WireMessage](model: type[Model], fields: dict[str, Any]) ->
 
 
 def sha256_of_ids(ids: Sequence[int]) -> str:
-    """Of token ids as little-endian int32."""
-    return hashlib.sha256(array("i", ids).tobytes()).hexdigest()
+    """As `PromptIds` has it. Raises ProtocolError for what is no token id."""
+    return hashlib.sha256(_as_int32(ids)).hexdigest()
+
+
+def _as_int32(ids: Sequence[int]) -> bytes:
+    try:
+        return array("i", ids).tobytes()
+    except (TypeError, OverflowError) as error:
+        raise ProtocolError(f"no token ids: {error}") from None
+
+
+def _prompt_read(choice: dict[str, Any]) -> str | None:
+    """The hash of the prompt that a reply is to, as it says: stated, or of the ids that servers without it send."""
+    if (stated := choice.get("prompt_sha256")) is not None:
+        return str(stated)
+    ids = choice.get("prompt_token_ids")
+    return sha256_of_ids(ids) if isinstance(ids, list) else None

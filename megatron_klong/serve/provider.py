@@ -3,16 +3,18 @@
 Always: what a policy sampled is never encoded again. Each reply's ids are kept by the id of its message (turns.py) and
 put into later prompts as they were sampled, without the reasoning where history leaves it out; a reply that was not
 sampled here, or whose text was changed since, is an error. Everything else is rendered by trajectory/glm.py.
-Retries are Inspect's (`max_retries`): it knows how long an episode may wait.
+Retries are Inspect's (`max_retries`), which counts what they cost as waited for.
 
     get_model("klong/policy", base_url="http://127.0.0.1:5000", tokenizer="tokenizer.json", turns="turns.jsonl")
 """
 
+import random
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 from uuid import uuid4
 
 from inspect_ai.model import (
@@ -31,12 +33,14 @@ from inspect_ai.model import (
     StopReason,
     modelapi,
 )
-from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo, ToolParams
+from inspect_ai.tool import ToolCall, ToolChoice, ToolDef, ToolInfo, ToolParams
+from pydantic import PrivateAttr
+from tenacity import RetryCallState
 
 from megatron_klong.serve.client import Client, ServerError, served_tokenizer
 from megatron_klong.serve.parsing import ParsedTurn, parse
 from megatron_klong.serve.prompts import stop_ids
-from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
+from megatron_klong.serve.protocol import PromptIds, ProtocolError, ReplyError, Sampling
 from megatron_klong.serve.turns import SampledTurn, TurnStore
 from megatron_klong.trajectory.glm import GlmRenderer
 from megatron_klong.trajectory.sampled import sampled_segments
@@ -51,22 +55,43 @@ _UNSUPPORTED = (
 
 
 _ROLES = {str(role): role for role in Role}
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
 _KEPT_TOOLS = 64
-_KEPT_IDS = 1 << 24  # 64 MiB: what 128 episodes have in windows of 131072 tokens
+_KEPT_IDS = 1 << 24  # 100 MiB: what 128 episodes have in windows of 131072 tokens
 
 
-@dataclass(slots=True)
-class _Prompt:
-    """What an episode was last asked, without what asks for the reply: its next prompt mostly begins so.
+class BriefTool(ToolInfo):
+    """A tool by its name alone, for requests after an episode's first; the provider finds the whole one in it.
 
-    preamble: of its tools.  contents: who said what, or with which error: these very objects.
+    Inspect's log holds the tools of every request, field by field: of hundreds of turns they would be most of it.
+    """
+
+    _whole: ToolInfo = PrivateAttr()
+
+    @classmethod
+    def of(cls, tool: ToolDef) -> "BriefTool":
+        brief = cls(name=tool.name, description="as at the first turn")
+        brief._whole = ToolInfo(name=tool.name, description=tool.description, parameters=tool.parameters)
+        return brief
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Itself: Inspect copies all tools at every turn, and nothing changes these."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an episode was last asked: its next prompt mostly begins so.
+
+    preamble: of its tools.  contents: who said what, or with which error: these very objects.  prompt: without what
+    asks for the reply.
     """
 
     episode: str
     """Named to the server, so that one with replicas finds its cache."""
-    preamble: list[int]
-    contents: list[tuple[Role, object, object]] = field(default_factory=list)
-    ids: array[int] = field(default_factory=lambda: array("i"))
+    preamble: PromptIds
+    contents: list[tuple[Role, object, object]]
+    prompt: PromptIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +99,7 @@ class _Tools:
     """What is made of tools; `parameters` are held so that their addresses are theirs as long as this is kept."""
 
     parameters: list[ToolParams]
-    preamble: list[int]
+    preamble: PromptIds
     schemas: dict[str, dict[str, dict[str, object]]]
 
 
@@ -104,7 +129,7 @@ class KlongAPI(ModelAPI):
         self.renderer = GlmRenderer(self._tokenizer)
         self._stop_ids = stop_ids(self._tokenizer)
         self._tools: dict[tuple[tuple[str, str, int], ...], _Tools] = {}
-        self._prompts: OrderedDict[str, _Prompt] = OrderedDict()  # of each episode, by its last turn
+        self._asked: OrderedDict[str, _Asked] = OrderedDict()  # of each episode, by its last turn
         self._kept_ids = 0
         self._longest: int | None = None
         self._client = Client(base_url, token=api_key)
@@ -119,15 +144,14 @@ class KlongAPI(ModelAPI):
         """
         _check_supported(tool_choice, config)
         last = next((message.id for message in reversed(input) if message.role == "assistant"), None)
-        asked = self._prompt(input, tools, self._prompts.get(last or ""))
-        prompt = self._asking(asked.ids, input)
+        asked = self._ask(input, tools, self._asked.get(last or ""))
+        prompt = self._asking(asked)
         longest = await self._longest_sequence()
         if len(prompt) >= longest:
             # Inspect's word for it; the scaffold asks again with less history
             said = f"a prompt of {len(prompt)} tokens leaves no room in the server's {longest}"
             return ModelOutput.from_content(self.model_name, said, stop_reason="model_length")
-        request = CompletionRequest(
-            prompt_token_ids=tuple(prompt),
+        sampling = Sampling(
             max_tokens=min(config.max_tokens or longest, longest - len(prompt)),
             temperature=1.0 if config.temperature is None else config.temperature,
             top_p=1.0 if config.top_p is None else config.top_p,
@@ -136,44 +160,44 @@ class KlongAPI(ModelAPI):
             seed=config.seed,
             prompt_cache_key=asked.episode,
         )
-        completion = await self._client.complete(request)
-        turn = SampledTurn.of(uuid4().hex, request, completion)
+        turn = SampledTurn.of(uuid4().hex, prompt, await self._client.sample(prompt, sampling))
         self.turns.add(turn)
         self._keep(asked, last, turn.key)
-        return self._output(turn, completion, parse(turn.body, self._tokenizer, self._described(tools).schemas))
+        return self._output(turn, parse(turn.body, self._tokenizer, self._described(tools).schemas))
 
-    def prompt_ids(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> list[int]:
-        """The ids that ask for the next turn. Raises UnknownTurn, ProtocolError."""
-        return self._asking(self._prompt(messages, tools).ids, messages)
+    def prompt(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> PromptIds:
+        """What asks for the next turn. Raises UnknownTurn, ProtocolError."""
+        return self._asking(self._ask(messages, tools))
 
-    def _asking(self, ids: array[int], messages: list[ChatMessage]) -> list[int]:
-        """A prompt, with what asks for the reply."""
-        previous = Message(role=_ROLES[messages[-1].role]) if messages else None
+    def _asking(self, asked: _Asked) -> PromptIds:
+        previous = Message(role=asked.contents[-1][0]) if asked.contents else None
         closing = [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
-        return [*ids, *closing, *self.renderer.header.ids]
+        return asked.prompt.followed_by([*closing, *self.renderer.header.ids])
 
-    def _prompt(self, messages: list[ChatMessage], tools: list[ToolInfo], last: _Prompt | None = None) -> _Prompt:
+    def _ask(self, messages: list[ChatMessage], tools: list[ToolInfo], last: _Asked | None = None) -> _Asked:
         """`last` gone on with, if the messages begin with its; else made anew. Raises UnknownTurn, ProtocolError."""
         preamble = self._described(tools).preamble
         contents = [_content(message) for message in messages]
         known = len(last.contents) if last else 0
         if last and last.preamble is preamble and all(map(_same, last.contents, contents)) and known <= len(contents):
-            ids = last.ids[:]
+            prompt = last.prompt
         else:
-            known, ids = 0, array("i", preamble)
+            known, prompt = 0, preamble
+        new = array("i")
         before = contents[known - 1][0] if known else None
         for message, (role, _, _) in zip(messages[known:], contents[known:], strict=True):
-            ids.extend(self._message_ids(message, before))
+            new.extend(self._message_ids(message, before))
             before = role
-        return _Prompt(episode=last.episode if last else uuid4().hex, preamble=preamble, contents=contents, ids=ids)
+        episode = last.episode if last else uuid4().hex
+        return _Asked(episode=episode, preamble=preamble, contents=contents, prompt=prompt.followed_by(new))
 
-    def _keep(self, prompt: _Prompt, before: str | None, turn: str) -> None:
+    def _keep(self, asked: _Asked, before: str | None, turn: str) -> None:
         """For the turn that follows this one, in place of what was kept for this one."""
-        replaced = self._prompts.pop(before or "", None)
-        self._kept_ids += len(prompt.ids) - (len(replaced.ids) if replaced else 0)
-        self._prompts[turn] = prompt
-        while self._kept_ids > _KEPT_IDS and len(self._prompts) > 1:
-            self._kept_ids -= len(self._prompts.popitem(last=False)[1].ids)
+        replaced = self._asked.pop(before or "", None)
+        self._kept_ids += len(asked.prompt) - (len(replaced.prompt) if replaced else 0)
+        self._asked[turn] = asked
+        while self._kept_ids > _KEPT_IDS and len(self._asked) > 1:
+            self._kept_ids -= len(self._asked.popitem(last=False)[1].prompt)
 
     def _message_ids(self, message: ChatMessage, before: Role | None) -> array[int]:
         if isinstance(message, ChatMessageAssistant):
@@ -182,13 +206,14 @@ class KlongAPI(ModelAPI):
 
     def _described(self, tools: list[ToolInfo]) -> _Tools:
         """Kept for tools whose parameters are the same objects, as those of our scaffold are at every turn."""
+        tools = [tool._whole if isinstance(tool, BriefTool) else tool for tool in tools]
         key = tuple((tool.name, tool.description, id(tool.parameters)) for tool in tools)
         kept = self._tools.get(key)
         if kept is None:
             preamble = self.renderer.preamble([_definition(tool) for tool in tools])
             kept = _Tools(
                 parameters=[tool.parameters for tool in tools],
-                preamble=[identifier for segment in preamble for identifier in segment.ids],
+                preamble=PromptIds(array("i", [identifier for segment in preamble for identifier in segment.ids])),
                 schemas=_schemas(tools),
             )
             if len(self._tools) >= _KEPT_TOOLS:
@@ -214,7 +239,7 @@ class KlongAPI(ModelAPI):
         segments = sampled_segments(body, self._tokenizer)
         return [identifier for segment in segments if segment.kind is not left_out for identifier in segment.ids]
 
-    def _output(self, turn: SampledTurn, completion: Completion, parsed: ParsedTurn) -> ModelOutput:
+    def _output(self, turn: SampledTurn, parsed: ParsedTurn) -> ModelOutput:
         content: list[Content] = []
         if parsed.reasoning:
             content.append(ContentReasoning(reasoning=parsed.reasoning))
@@ -243,7 +268,7 @@ class KlongAPI(ModelAPI):
 
     async def count_tokens(self, input: str | list[ChatMessage], config: GenerateConfig | None = None) -> int:
         """Of a text; or of the whole prompt that these messages, without tools, would make."""
-        return len(self._tokenizer.encode(input) if isinstance(input, str) else self.prompt_ids(input, []))
+        return len(self._tokenizer.encode(input) if isinstance(input, str) else self.prompt(input, []))
 
     async def count_text_tokens(self, text: str) -> int:
         return len(self._tokenizer.encode(text))
@@ -260,6 +285,10 @@ class KlongAPI(ModelAPI):
         if isinstance(ex, ReplyError):
             return RetryDecision.transient()
         return RetryDecision.no()
+
+    def retry_wait(self) -> Callable[[RetryCallState], float]:
+        """Sooner than Inspect would by itself (3 seconds, 6, 12, ...): the server is ours, and says for how long."""
+        return _seconds_to_wait
 
     def force_reasoning_history(self) -> Literal["all"]:
         """The scaffold decides what a prompt holds of earlier reasoning; Inspect must not."""
@@ -281,6 +310,14 @@ class KlongAPI(ModelAPI):
 def klong() -> type[ModelAPI]:
     """What Inspect AI finds under the name `klong/...`."""
     return KlongAPI
+
+
+def _seconds_to_wait(state: RetryCallState) -> float:
+    """What the server named, else twice as long each time; a little more, so that episodes do not all come at once."""
+    fault = state.outcome.exception() if state.outcome else None
+    named = fault.retry_after if isinstance(fault, ServerError) else None
+    seconds = _FIRST_WAIT_SECONDS * 2 ** (state.attempt_number - 1) if named is None else named
+    return min(seconds, _LONGEST_WAIT_SECONDS) * random.uniform(1, 1.5)
 
 
 def _content(message: ChatMessage) -> tuple[Role, object, object]:

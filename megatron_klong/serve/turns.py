@@ -13,7 +13,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from megatron_klong.files import write_atomically
-from megatron_klong.serve.protocol import Completion, CompletionRequest
+from megatron_klong.serve.protocol import PromptIds, Reply
 from megatron_klong.trajectory.schema import Sampled
 
 
@@ -32,15 +32,15 @@ class SampledTurn(BaseModel):
     policy_epoch: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, key: str, request: CompletionRequest, completion: Completion) -> Self:
+    def of(cls, key: str, prompt: PromptIds, reply: Reply) -> Self:
         return cls(
             key=key,
-            prompt_tokens=len(request.prompt_token_ids),
-            prompt_sha256=request.prompt_sha256,
-            ids=completion.generation_token_ids,
-            log_probs=completion.generation_log_probs,
-            stopped=completion.finish_reason == "stop",
-            policy_epoch=completion.policy_epoch,
+            prompt_tokens=len(prompt),
+            prompt_sha256=prompt.sha256,
+            ids=reply.generation_token_ids,
+            log_probs=reply.generation_log_probs,
+            stopped=reply.finish_reason == "stop",
+            policy_epoch=reply.policy_epoch,
         )
 
     @property

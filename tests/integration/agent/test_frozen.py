@@ -274,6 +274,44 @@ def test_ids_and_log_probabilities_go_along_and_other_weights_go_on(
     assert [turn.sampled.body for turn in turns if turn.sampled] == [list(turn.body) for turn in sampled]
 
 
+def test_the_state_of_another_model_is_not_gone_on_with(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    loaded = load_tokenizer(tokenizer)
+    engine = policy(loaded, lambda tail: written_call("bash", cmd="echo there"))
+    with endpoint(script) as teacher, serving(engine, tokenizer=loaded, max_sequence_length=4096) as url:
+        models = {"teacher": teacher.url, "klong/policy": url}
+        states = {}
+        for model, address in models.items():
+            made = job(tmp_path / model, tokenizer, tasks / "t10", address, configured(turns=2), model)
+            made = made.model_copy(update={"freeze_folder": str(tmp_path / model / "frozen")})
+            collect([made], workers=1, output_folder=tmp_path / model)
+            (states[model],) = newest(made)
+        for model, other, told in (
+            ("klong/policy", "teacher", "was played by another model, whose replies have no ids"),
+            ("teacher", "klong/policy", "was sampled by a policy of ours"),
+        ):
+            made = job(tmp_path / "on" / model, tokenizer, tasks / "t10", models[model], configured(turns=4), model)
+            (finished,) = go_on(made, tmp_path / "on" / model, [states[other]])
+            record = read_episode(Path(finished.record))
+            assert record.ending == "agent_failed"
+            assert told in (record.error or "")
+
+
+def test_seconds_spent_freezing_are_none_of_the_episodes(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    began: list[float] = []
+
+    def large(number: int, messages: list[dict[str, Any]]) -> Reply:
+        began.append(time.monotonic())
+        return call("bash", cmd="head -c 150000000 /dev/urandom > large" if number == 0 else "echo small")
+
+    config = configured(turns=5)
+    record = play_script(tmp_path, tokenizer, tasks / "t10", large, config, freeze_folder=str(tmp_path / "frozen"))
+    assert record.ending == "turn_limit"
+    left = [seconds_left(text) for text in results(record)]
+    wall = began[4] - began[1]  # three small turns, and before each the workspace was packed
+    assert wall > 3
+    assert left[0] - left[3] < wall / 2
+
+
 def test_a_state_that_would_be_rendered_otherwise_or_is_damaged_is_refused(
     tmp_path: Path, tasks: Path, tokenizer: Path
 ) -> None:

@@ -12,7 +12,7 @@ from megatron_klong.agent.records import export_records
 from megatron_klong.agent.worker import load_model, run
 from megatron_klong.trajectory.episode import EpisodeRecord, read_episode
 from tests.integration.agent.playing import job, results, settings
-from tests.integration.scripted_endpoint import call, endpoint
+from tests.integration.scripted_endpoint import Reply, call, endpoint
 
 
 @contextmanager
@@ -76,6 +76,23 @@ def test_the_tasks_blacklist_holds_and_ends_the_episode(tmp_path: Path, tasks: P
         "https://github.com/owner/repo",
         "forbidden.example.org",
     }
+
+
+def test_requests_refused_in_an_episode_that_is_cut_are_counted(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    task = tmp_path / "t10"
+    shutil.copytree(tasks / "t10", task)
+    (task / "blacklist.txt").write_text("forbidden.example.org\n")
+    times = ("--timeout", "5s", "--hard_timeout", "6s", "--command_timeout", "5s")
+
+    def script(number: int, messages: list[dict[str, object]]) -> Reply:
+        if number < 2:  # waited for, which moves the soft limit behind the hard one
+            return 429
+        return call("bash", cmd="curl -s --max-time 2 http://forbidden.example.org/x; sleep 1000")
+
+    with endpoint(script) as served:
+        config = settings("--bubblewrap.egress.mode", '"open"', *times, "--reading", "off")
+        record = played(tmp_path, tokenizer, task, served.url, config)
+    assert (record.ending, record.refused_requests) == ("hard_timed_out", 1)
 
 
 def test_without_it_there_is_no_network(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:

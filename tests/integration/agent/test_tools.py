@@ -17,6 +17,9 @@ from tests.integration.scripted_endpoint import Reply, call, endpoint, say
 TOOLS = ("--tools", '["bash", "python", "read_file_chunk", "search_file", "background", "jobs", "submit"]')
 
 
+READERS: dict[str, dict[str, str]] = {"read_file_chunk": {}, "search_file": {"query": "a"}}
+
+
 def test_background_commands_run_on_and_can_be_stopped(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
     replies = [
         call("background", cmd="while sleep 0.2; do echo tick; done"),
@@ -62,6 +65,19 @@ def test_a_long_result_is_whole_in_the_file_that_it_names(tmp_path: Path, tasks:
     assert log.stat().st_size < 100_000  # which seq alone has more than
     (sample,) = read_eval_log(str(log)).samples or []
     assert max(len(str(event.result)) for event in sample.events if isinstance(event, ToolEvent)) < 3000
+
+
+def test_what_is_no_file_is_told_and_the_episode_goes_on(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    made = call("bash", cmd="mkfifo pipe; mkdir folder; touch secret && chmod 000 secret; printf '\\xff\\xfe' > binary")
+    files = ["/home/paper/paper.md/x", "pipe", "folder", "secret", "binary", "x" * 300, "", "nul\0", "absent"]
+    replies = [made, *(call(name, file=file, **more) for file in files for name, more in READERS.items())]
+    config = settings(*TOOLS, "--turn_limit", str(len(replies) + 1), "--reading", "off", "--remind_every_turns", "0")
+    replies.append(call("bash", cmd="echo still here"))
+    record = play_script(tmp_path, tokenizer, tasks / "t10", lambda number, messages: replies[number], config)
+    said = results(record)
+    assert record.ending == "turn_limit"
+    assert [text for text in said[1:-1] if not text.startswith("Error: ")] == []
+    assert said[-1] == "still here"
 
 
 def test_submit_waits_for_its_time_and_for_all_it_needs(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from inspect_ai.model import ChatMessage, ChatMessageUser, GenerateConfig, get_model
+from pydantic_core import from_json
 
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.protocol import CompletionRequest, sha256_of_ids
@@ -120,7 +121,7 @@ def test_through_inspect_no_sampled_token_is_encoded_again(server: Server, tmp_p
 
     async def play() -> None:
         messages: list[ChatMessage] = [ChatMessageUser(content="begin")]
-        prompt = api.prompt_ids(messages, [])
+        prompt = from_json(api.prompt(messages, []).json)
         for _ in range(4):
             output = await model.generate(messages)
             turn = api.turns[output.message.id or ""]

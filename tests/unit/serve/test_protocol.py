@@ -1,6 +1,8 @@
 """The wire format: what is sent is read back, and a reply that lacks anything is an error."""
 
+import hashlib
 import json
+import struct
 from typing import Any
 
 import pytest
@@ -8,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_klong.serve.completions import TextCompletions
-from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
+from megatron_klong.serve.protocol import (
+    Completion,
+    CompletionRequest,
+    PromptIds,
+    ProtocolError,
+    Reply,
+    ReplyError,
+)
 from megatron_klong.serve.wire import read_json
 
 IDS = st.lists(st.integers(0, 200_000), min_size=1, max_size=20)
@@ -45,6 +54,27 @@ def test_a_request_is_read_as_it_was_sent(request: CompletionRequest) -> None:
     assert TextCompletions.of(body, model="m", tokenizer=None).requests == [request]
 
 
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=4), max_size=4))
+def test_a_prompt_that_grew_is_that_of_all_its_ids(parts: list[list[int]]) -> None:
+    grown = [PromptIds()]
+    for part in parts:
+        grown.append(grown[-1].followed_by(part))
+    for number, prompt in enumerate(grown):
+        ids = [identifier for part in parts[:number] for identifier in part]
+        assert (json.loads(prompt.json), len(prompt)) == (ids, len(ids))
+        assert (
+            prompt.sha256 == hashlib.sha256(b"".join(struct.pack("<i", identifier) for identifier in ids)).hexdigest()
+        )
+
+
+@pytest.mark.parametrize("ids", [[2**31], ["5"], [None], [1.5]])
+def test_what_is_no_token_id_is_refused(ids: list[Any]) -> None:
+    with pytest.raises(ProtocolError, match="no token ids"):
+        PromptIds([3]).followed_by(ids)
+    with pytest.raises(ReplyError, match="no token ids"):
+        Reply.from_wire({"choices": [{**CHOICE, "prompt_token_ids": ids}]}, PromptIds([3]))
+
+
 @given(
     IDS,
     st.lists(st.tuples(st.integers(0, 99), st.floats(-50, 0)), min_size=1),
@@ -64,11 +94,12 @@ def test_a_reply_is_read_as_it_was_sent(
         policy_epoch=((0, 3),),
     )
     reply = json.loads(json.dumps(asked.reply([completion])))
-    assert Completion.from_wire(reply, asked.requests[0]) == completion
+    assert dict(Reply.from_wire(reply, PromptIds(prompt))).items() <= dict(completion).items()
+    if repeats_prompt:
+        assert Completion.from_wire(reply) == completion
     assert ("prompt_token_ids" in reply["choices"][0]) is repeats_prompt
-    other = CompletionRequest(prompt_token_ids=(*prompt, 5), max_tokens=1)
     with pytest.raises(ReplyError, match="to another prompt"):
-        Completion.from_wire(reply, other)
+        Reply.from_wire(reply, PromptIds([*prompt, 5]))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from inspect_ai.model import (
     get_model,
 )
 from inspect_ai.tool import ToolCallError, ToolInfo, ToolParam, ToolParams
+from pydantic_core import from_json
 
 from megatron_klong.serve.client import Client, ServerError
 from megatron_klong.serve.protocol import (
@@ -116,7 +117,7 @@ def test_the_first_prompt_is_what_the_template_says(
     task = [Message(role=Role(message.role), content=message.text) for message in TASK]
     segments = [s for n, m in enumerate(task) for s in renderer.message(m, task[n - 1] if n else None).segments]
     expected = [i for s in [*renderer.preamble([]), *segments, renderer.header] for i in s.ids]
-    assert api.prompt_ids(TASK, []) == expected
+    assert from_json(api.prompt(TASK, []).json) == expected
     assert anyio.run(api.count_tokens, TASK) == len(expected)
     assert anyio.run(api.count_text_tokens, "counting") == len(tokenizer.encode("counting"))
 
@@ -177,7 +178,8 @@ def test_a_prompt_is_what_it_would_be_anew_whatever_became_of_the_one_before(
     turns = [longer, longer, edited, longer, failed, said_by_another, in_place, longer, cut, no_more, longer]
     for number, turn in enumerate(turns):
         reply = ask(api, messages).message
-        assert list(engine.asked[-1].prompt_token_ids) == api.prompt_ids(messages, [BASH]), turns[number - 1].__name__
+        anew = from_json(api.prompt(messages, [BASH]).json)
+        assert list(engine.asked[-1].prompt_token_ids) == anew, turns[number - 1].__name__
         messages = turn([*messages, reply, ChatMessageTool(content=f"{number}", tool_call_id="c")])
 
 
