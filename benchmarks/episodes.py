@@ -9,8 +9,8 @@
                                 its own, behind our wire format
     worker_peak_gib             largest memory of that worker
 
-All but the third are no ratios and depend on the machine. Medians of the rounds, of the scaffold one round. On a
-machine that does other work rates are lower bounds. The last line is JSON.
+All but the third are no ratios and depend on the machine. Medians of the rounds and of the plays. On a machine that
+does other work rates are lower bounds. The last line is JSON.
 """
 
 import argparse
@@ -204,6 +204,7 @@ def main() -> int:
     parser.add_argument("--sandboxes", type=int, default=100, help="in each round, for each number at once")
     parser.add_argument("--episodes", type=int, default=64, help="of the scaffold, at once")
     parser.add_argument("--turns", type=int, default=100, help="of each of them")
+    parser.add_argument("--plays", type=int, default=3, help="of the scaffold, one after the other")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine is not None:
@@ -211,7 +212,8 @@ def main() -> int:
         return 0
     load = os.getloadavg()[0]
     ratios = asyncio.run(sandboxes(options.rounds, options.sandboxes)) if options.rounds else {}
-    ratios |= scaffold(options.episodes, options.turns)
+    plays = [scaffold(options.episodes, options.turns) for _ in range(options.plays)]
+    ratios |= {name: statistics.median(play[name] for play in plays) for name in (plays[0] if plays else ())}
     print(f"{options.rounds} rounds; load {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end")
     print("\n".join(aligned([["ratio", "median"], *([name, f"{value:.3f}"] for name, value in ratios.items())])))
     rounded = {name: round(value, 4) for name, value in ratios.items()}

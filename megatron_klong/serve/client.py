@@ -5,6 +5,7 @@ the server names.
 """
 
 import asyncio
+import random
 import ssl
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ from megatron_klong.serve.protocol import (
     validated,
 )
 
-_LONGEST_WAIT = 30.0
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
 _CONNECT_SECONDS = 10.0
 _JSON = {"Content-Type": "application/json"}
 
@@ -125,7 +126,7 @@ class Client:
             except ServerError as error:
                 if attempt == self._retries or not error.passing:
                     raise
-                await anyio.sleep(min(error.retry_after or 0.5 * 2**attempt, _LONGEST_WAIT))
+                await anyio.sleep(seconds_to_wait(error, attempt))
         raise AssertionError("unreachable")
 
     def _connected(self) -> aiohttp.ClientSession:
@@ -164,6 +165,14 @@ class Client:
             return from_json(answer)
         except ValueError:
             raise ReplyError(f"{self.base_url}{path} answered with something that is not JSON") from None
+
+
+def seconds_to_wait(fault: BaseException | None, attempt: int) -> float:
+    """Before a request is tried again that failed at `attempt`, counted from 0: what the server named, else longer each
+    time; and a little more, so that what failed together does not come back together."""
+    named = fault.retry_after if isinstance(fault, ServerError) else None
+    seconds = named or _FIRST_WAIT_SECONDS * 2 ** min(attempt, 10)
+    return min(seconds, _LONGEST_WAIT_SECONDS) * random.uniform(1, 1.5)
 
 
 def server_address(base_url: str) -> str:

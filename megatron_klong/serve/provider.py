@@ -8,7 +8,6 @@ Retries are Inspect's (`max_retries`), which counts what they cost as waited for
     get_model("klong/policy", base_url="http://127.0.0.1:5000", tokenizer="tokenizer.json", turns="turns.jsonl")
 """
 
-import random
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from inspect_ai.tool import ToolCall, ToolChoice, ToolDef, ToolInfo, ToolParams
 from pydantic import PrivateAttr
 from tenacity import RetryCallState
 
-from megatron_klong.serve.client import Client, ServerError, served_tokenizer
+from megatron_klong.serve.client import Client, ServerError, seconds_to_wait, served_tokenizer
 from megatron_klong.serve.parsing import ParsedTurn, parse
 from megatron_klong.serve.prompts import stop_ids
 from megatron_klong.serve.protocol import PromptIds, ProtocolError, ReplyError, Sampling
@@ -55,7 +54,6 @@ _UNSUPPORTED = (
 
 
 _ROLES = {str(role): role for role in Role}
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
 _KEPT_TOOLS = 64
 _KEPT_IDS = 1 << 24  # 100 MiB: what 128 episodes have in windows of 131072 tokens
 
@@ -288,7 +286,12 @@ class KlongAPI(ModelAPI):
 
     def retry_wait(self) -> Callable[[RetryCallState], float]:
         """Sooner than Inspect would by itself (3 seconds, 6, 12, ...): the server is ours, and says for how long."""
-        return _seconds_to_wait
+
+        def seconds(state: RetryCallState) -> float:
+            fault = state.outcome.exception() if state.outcome else None
+            return seconds_to_wait(fault, state.attempt_number - 1)
+
+        return seconds
 
     def force_reasoning_history(self) -> Literal["all"]:
         """The scaffold decides what a prompt holds of earlier reasoning; Inspect must not."""
@@ -310,14 +313,6 @@ class KlongAPI(ModelAPI):
 def klong() -> type[ModelAPI]:
     """What Inspect AI finds under the name `klong/...`."""
     return KlongAPI
-
-
-def _seconds_to_wait(state: RetryCallState) -> float:
-    """What the server named, else twice as long each time; a little more, so that episodes do not all come at once."""
-    fault = state.outcome.exception() if state.outcome else None
-    named = fault.retry_after if isinstance(fault, ServerError) else None
-    seconds = _FIRST_WAIT_SECONDS * 2 ** (state.attempt_number - 1) if named is None else named
-    return min(seconds, _LONGEST_WAIT_SECONDS) * random.uniform(1, 1.5)
 
 
 def _content(message: ChatMessage) -> tuple[Role, object, object]:

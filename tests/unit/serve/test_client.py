@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import anyio
 import pytest
 
-from megatron_klong.serve.client import Client, ServerError, server_address
+from megatron_klong.serve.client import Client, ServerError, seconds_to_wait, server_address
 from megatron_klong.serve.protocol import Completion, CompletionRequest, ProtocolError, ReplyError
 from tests.ports import free_port
 from tests.unit.serve.scripted import Scripted, serving
@@ -111,3 +111,15 @@ def test_what_is_no_address_is_said_at_once(url: str, message: str) -> None:
 
 def test_an_address_may_end_with_the_version() -> None:
     assert server_address("https://node:5000/v1/") == server_address("https://node:5000") == "https://node:5000"
+
+
+@pytest.mark.parametrize(
+    ("named", "attempt", "seconds"),
+    [(None, 0, 0.5), (None, 3, 4), (None, 5000, 30), (2.0, 5, 2), (0.0, 1, 1), (1e9, 0, 30)],
+)
+def test_the_wait_is_what_the_server_named_or_longer_each_time(
+    named: float | None, attempt: int, seconds: float
+) -> None:
+    assert seconds <= seconds_to_wait(ServerError("full", retry_after=named), attempt) <= 1.5 * seconds
+    if named is None:
+        assert seconds <= seconds_to_wait(TimeoutError(), attempt) <= 1.5 * seconds
