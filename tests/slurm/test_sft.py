@@ -143,6 +143,7 @@ def _processes_of(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_near_the_time_limit_it_writes_a_checkpoint_queues_again_and_goes_on(
     slurm: Slurm, config: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -79,6 +79,7 @@ def faulty(url: str, fault: Callable[[], Reply | None]) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["teacher", "klong/policy"])
 def test_faults_at_ten_percent_each_are_outlived_or_typed(
     tmp_path: Path, tasks: Path, tokenizer: Path, model: str

@@ -242,6 +242,7 @@ def test_every_real_transcript_renders_as_the_templates_do(templates: Templates,
     assert tokens > 900_000
 
 
+@pytest.mark.long
 def test_real_prompts_are_the_template_s_wherever_reasoning_is_left_out(
     templates: Templates, real: list[Transcript]
 ) -> None:
