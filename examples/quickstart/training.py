@@ -11,10 +11,10 @@ from pathlib import Path
 from examples.quickstart.folder import Run
 from megatron_klong import processes
 from megatron_klong.agent.collect import collect
+from megatron_klong.agent.config import EpisodeConfig
 from megatron_klong.agent.worker import POLICY, Job, Played
-from megatron_klong.config import load_config, resolved_toml
+from megatron_klong.config import Config, load_config, write_resolved
 from megatron_klong.evaluate.training import TrainingRun
-from megatron_klong.files import write_atomically
 from megatron_klong.rl.config import RlConfig
 from megatron_klong.rl.experience import read_lesson
 from megatron_klong.rl.folders import RunFolder
@@ -26,6 +26,10 @@ SFT_CONFIG, RL_CONFIG = (Path(__file__).parent / name for name in ("sft.toml", "
 UNTRAINED, SFT = "untrained", "sft"
 SFT_PROCESSES = 2
 _STOP_SECONDS = 20.0
+
+
+class _EpisodeLayer(Config):
+    episode: EpisodeConfig
 
 
 class ProgramFailed(RuntimeError):
@@ -73,8 +77,7 @@ def episode_file(run: Run) -> Path:
     """This run's episode settings as a layer over rl.toml."""
     path = run.folder / "episode.toml"
     if not path.exists():
-        lines = resolved_toml(run.config.episode).replace("[context]", "[episode.context]")
-        write_atomically(path, f"[episode]\n{lines}")
+        write_resolved(_EpisodeLayer(episode=run.config.episode), path)
     return path
 
 
