@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from examples.quickstart.config import QuickstartConfig
+from examples.quickstart.folder import Run
+from examples.quickstart.run import CONFIG
+from examples.quickstart.training import rl_config
+from megatron_klong.config import load_config
 from megatron_klong.data.shard import Shard
 from megatron_klong.sandbox.bubblewrap import SandboxUnavailable, check_available
 from megatron_klong.trajectory.episode import read_episode
@@ -41,6 +46,21 @@ def run(runs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 SMALL = ("--tasks.long_train_turns", "[]", "--tasks.long_heldout_turns", "[]", "--demonstrations.count", "20")
+
+
+def test_the_settings_of_its_episodes_reach_rl_whole(tmp_path: Path) -> None:
+    changed = (
+        "--episode.bubblewrap.processes",
+        "77",
+        "--episode.context.keep_tokens",
+        "99",
+        "--episode.reading",
+        "off",
+    )
+    config = load_config(QuickstartConfig, [CONFIG], ["--runs_folder", str(tmp_path), *changed])
+    given = rl_config(Run.start(config)).episode
+    assert (given.bubblewrap.processes, given.context.keep_tokens, given.reading) == (77, 99, "off")
+    assert given == config.episode.model_copy(update={"turn_limit": config.evaluation.turn_limit})
 
 
 @pytest.mark.long
