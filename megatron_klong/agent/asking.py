@@ -23,14 +23,13 @@ from megatron_klong.agent.messages import (
     without_reasoning,
 )
 from megatron_klong.agent.state import Episode, sampled_turns
+from megatron_klong.serve.client import seconds_to_wait
 from megatron_klong.serve.protocol import ProtocolError, ReplyError
 from megatron_klong.serve.provider import BriefTool
 from megatron_klong.serve.turns import UnknownTurn
 from megatron_klong.trajectory.context import ContextError
 from megatron_klong.trajectory.episode import TurnRecord
 from megatron_klong.trajectory.live import Prompt
-
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
 
 
 class EngineFailed(RuntimeError):
@@ -125,7 +124,7 @@ async def _reply(episode: Episode, prompt: Prompt) -> ModelOutput | Exception | 
             fault = EngineFailed(f"the engine sent an empty reply {attempt + 1} times")
         if attempt + 1 < tries:
             waits = time.monotonic()
-            await anyio.sleep(min(_FIRST_WAIT_SECONDS * 2**attempt, _LONGEST_WAIT_SECONDS))
+            await anyio.sleep(seconds_to_wait(None, attempt))
             episode.deadline.forgive(time.monotonic() - waits)
     return fault
 

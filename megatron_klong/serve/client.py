@@ -78,7 +78,7 @@ class Client:
     async def sample(self, prompt: PromptIds, sampling: Sampling) -> Reply:
         """The same for a prompt that is kept as it is sent. Raises ServerError, ProtocolError."""
         # a long prompt need not come back: its hash says as well which one was read
-        rest = to_json({**Sampling.to_wire(sampling), "return_prompt_tokens": False})
+        rest = to_json({**sampling.fields(), "return_prompt_tokens": False})
         body = b'{"prompt":' + prompt.json + b"," + rest.removeprefix(b"{")
         return Reply.from_wire(await self._with_retries("POST", COMPLETIONS, body), prompt)
 

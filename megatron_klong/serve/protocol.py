@@ -131,7 +131,7 @@ class Sampling(WireMessage):
             raise ValueError(f"stop: strings have 1 to {_LONGEST_STOP} characters")
         return self
 
-    def to_wire(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The body of a POST, without the prompt."""
         fields = self.model_dump(mode="json", exclude={"prompt_token_ids"}, exclude_defaults=True)
         return {"logprobs": 0, **fields}
@@ -144,7 +144,7 @@ class CompletionRequest(Sampling):
 
     def to_wire(self) -> dict[str, Any]:
         """The body of a POST."""
-        return {"prompt": list(self.prompt_token_ids), **super().to_wire()}
+        return {"prompt": list(self.prompt_token_ids), **self.fields()}
 
 
 class Reply(WireMessage):
