@@ -97,7 +97,11 @@ def test_faults_at_ten_percent_each_are_outlived_or_typed(
     def script(number: int, messages: list[dict[str, Any]]) -> Reply:
         return fault() or call("bash", cmd="echo there")
 
-    config = settings("--turn_limit", "4", "--engine_timeout", "1s", "--engine_retries", "6", "--reading", "off")
+    config = settings(
+        *("--turn_limit", "4", "--engine_timeout", "1s", "--engine_retries", "6", "--reading", "off"),
+        # waiting between tries is given back, and may be long: two turns that each fail six times wait for 80 s
+        *("--hard_timeout", "6m"),
+    )
     with ExitStack() as servers:
         if model.startswith("klong/"):
             loaded = load_tokenizer(tokenizer)
@@ -112,7 +116,8 @@ def test_faults_at_ten_percent_each_are_outlived_or_typed(
     records = [read_episode(Path(one.record)) for one in finished]
     assert seen == set(FAULTS)
     assert {record.ending for record in records} <= {"turn_limit", "engine_failed"}
-    assert sum(record.ending == "turn_limit" for record in records) >= 6
+    # one turn in 36 meets seven faults in a row, so one episode in nine is given up: five of eight in 1,800 runs once
+    assert sum(record.ending == "turn_limit" for record in records) >= 4
     renderer = GlmRenderer(load_tokenizer(tokenizer))
     for record in records:
         turns = [message for message in record.messages if message.role is Role.ASSISTANT]
