@@ -14,7 +14,6 @@ from inspect_ai.model import ChatMessage, ChatMessageAssistant, GenerateConfig, 
 from inspect_ai.util import LimitExceededError
 from tenacity import RetryError
 
-from megatron_klong.agent.deadline import Deadline
 from megatron_klong.agent.messages import (
     reasoning_of,
     to_message,
@@ -36,17 +35,10 @@ class EngineFailed(RuntimeError):
     """The model's server gave no usable reply, retries included."""
 
 
-async def ask(episode: Episode, until_deadline: anyio.CancelScope) -> ChatMessageAssistant:
+async def ask(episode: Episode) -> ChatMessageAssistant:
     """Let the model take its turn. Raises EngineFailed, ContextError."""
     started, waited = time.monotonic(), episode.deadline.waited
-    until_deadline.deadline = math.inf
-    first = episode.live.next_prompt()
-    async with anyio.create_task_group() as group:
-        group.start_soon(_cancel_at, episode.deadline, until_deadline)
-        prompt, halved, output = await _fitting_reply(episode, first)
-        group.cancel_scope.cancel()
-    if isinstance(output, Exception):
-        raise output
+    prompt, halved, output = await _fitting_reply(episode)
     given_back = episode.deadline.waited - waited
     return _took_turn(episode, prompt, output, halved, time.monotonic() - started - given_back, given_back)
 
@@ -80,42 +72,29 @@ def _took_turn(
     return reply
 
 
-async def _cancel_at(deadline: Deadline, scope: anyio.CancelScope) -> None:
-    """Cancel the scope once the deadline, which may stand still, has passed."""
-    while (remaining := deadline.remaining) > 0:
-        await anyio.sleep(max(remaining, 0.02))
-    scope.cancel()
-
-
-async def _fitting_reply(episode: Episode, prompt: Prompt) -> tuple[Prompt, int, ModelOutput | Exception]:
-    """The prompt that the engine took, how often history was halved for it, and its reply or the fault."""
-    halved = 0
-    while True:
-        output = await _reply(episode, prompt)
-        if output is not None:
-            return prompt, halved, output
-        try:
-            prompt = episode.live.halve_history()
-        except ContextError as error:
-            return prompt, halved, error
+async def _fitting_reply(episode: Episode) -> tuple[Prompt, int, ModelOutput]:
+    """The prompt that the engine took, how often history was halved for it, and its reply."""
+    prompt, halved = episode.live.next_prompt(), 0
+    while (output := await _reply(episode, prompt)) is None:
+        prompt = episode.live.halve_history()
         halved += 1
+    return prompt, halved, output
 
 
-async def _reply(episode: Episode, prompt: Prompt) -> ModelOutput | Exception | None:
-    """A reply with something in it, None if the prompt was too long, or the fault: returned, so that no task group
-    wraps it."""
+async def _reply(episode: Episode, prompt: Prompt) -> ModelOutput | None:
+    """A reply with something in it, or None if the prompt was too long. Raises EngineFailed."""
     tries = episode.config.engine_retries + 1
     fault: Exception = EngineFailed("not asked")
     for attempt in range(tries):
         try:
             output = await _generate(episode, prompt)
-        except LimitExceededError as limit:
-            return limit
+        except LimitExceededError:
+            raise
         except Exception as error:  # whatever the provider raises once it has given up
             cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
             fault = EngineFailed(f"{type(cause).__name__}: {cause}")
             if isinstance(error, RetryError) or _status(error) is not None or _is_permanent(error):
-                return fault  # Inspect has tried it again, or knows better than to
+                raise fault from cause  # Inspect has tried it again, or knows better than to
         else:
             if not output.empty and output.stop_reason == "model_length":
                 return None
@@ -126,7 +105,7 @@ async def _reply(episode: Episode, prompt: Prompt) -> ModelOutput | Exception | 
             waits = time.monotonic()
             await anyio.sleep(seconds_to_wait(None, attempt))
             episode.deadline.forgive(time.monotonic() - waits)
-    return fault
+    raise fault
 
 
 async def _generate(episode: Episode, prompt: Prompt) -> ModelOutput:

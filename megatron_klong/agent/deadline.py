@@ -4,8 +4,13 @@ Always: by default time spent waiting for the engine (its queue, retries) does n
 what an agent can achieve; how much that was is kept either way. An episode that was frozen goes on with what was left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import anyio
+
+_SHORTEST_WAIT_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +40,28 @@ class Deadline:
         self._give_back = give_back
         self._before = before or TimeUsed()
         self._forgiven = 0.0
+        self._left_out_since: tuple[float, float] | None = None  # by both clocks
 
     def forgive(self, seconds: float) -> None:
         """Count seconds among those waited for others."""
         self._forgiven += seconds
 
-    def leave_out(self, seconds: float) -> None:
-        """Take seconds for none of the episode's: the machinery worked, and nobody was waited for."""
-        self._total_start += seconds
-        self._working_start += seconds
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens within takes none of the episode's seconds: the machinery works, and nobody is waited for."""
+        self._left_out_since = (started, _) = self._total(), self._working()
+        try:
+            yield
+        finally:
+            self._left_out_since = None
+            seconds = self._total() - started
+            self._total_start += seconds
+            self._working_start += seconds
+
+    async def passed(self) -> None:
+        """Wait until it has, however often it stands still before."""
+        while (remaining := self.remaining) > 0:
+            await anyio.sleep(max(remaining, _SHORTEST_WAIT_SECONDS))
 
     @property
     def waited(self) -> float:
@@ -53,7 +71,7 @@ class Deadline:
     @property
     def total(self) -> float:
         """Seconds on the wall."""
-        return self._before.total_seconds + self._total() - self._total_start
+        return self._before.total_seconds + self._clocks[0] - self._total_start
 
     @property
     def elapsed(self) -> float:
@@ -70,8 +88,13 @@ class Deadline:
         """What to write down."""
         return TimeUsed(total_seconds=self.total, given_back_seconds=self.waited)
 
+    @property
+    def _clocks(self) -> tuple[float, float]:
+        return self._left_out_since or (self._total(), self._working())
+
     def _waited_now(self) -> float:
-        return max(0.0, (self._total() - self._total_start) - (self._working() - self._working_start))
+        total, working = self._clocks
+        return max(0.0, (total - self._total_start) - (working - self._working_start))
 
 
 def readable_seconds(seconds: float) -> str:

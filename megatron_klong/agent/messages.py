@@ -91,10 +91,10 @@ def with_turn_record(reply: ChatMessageAssistant, turn: TurnRecord) -> ChatMessa
 
 def with_tool_seconds(reply: ChatMessage, seconds: float) -> ChatMessage:
     """The reply once the tools it called have run."""
-    turn = turn_record(reply)
-    assert turn is not None, "a reply is recorded before its tools run"
-    assert isinstance(reply, ChatMessageAssistant)
-    return with_turn_record(reply, turn.model_copy(update={"tool_seconds": seconds}))
+    metadata = reply.metadata or {}
+    assert _TURN_KEY in metadata, "a reply is recorded before its tools run"
+    turn = {**metadata[_TURN_KEY], "tool_seconds": seconds}
+    return reply.model_copy(update={"metadata": {**metadata, _TURN_KEY: turn}})
 
 
 def turn_record(message: ChatMessage) -> TurnRecord | None:

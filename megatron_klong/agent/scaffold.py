@@ -5,12 +5,11 @@ speaks through tool results, and by a user message only when a reply holds no to
 GLM render the history anew; the episode ends with a typed ending, which stands in the log even when it is cut.
 
     who waits                for whom                    ended by
-    the work loop            engine, commands            the soft deadline, which stands still while a request waits
-    the sample               the work loop               Inspect's time limit, which cancels it from outside
+    the turns                engine, commands            the soft deadline, which stands still while a request waits
+    the sample               the turns                   Inspect's time limit, which cancels it from outside
 """
 
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from inspect_ai.util import SandboxUnavailableError, store, time_limit
 from megatron_klong.agent.archive import ArchiveError
 from megatron_klong.agent.asking import EngineFailed, ask
 from megatron_klong.agent.config import EpisodeConfig
-from megatron_klong.agent.deadline import readable_seconds
+from megatron_klong.agent.deadline import Deadline, readable_seconds
 from megatron_klong.agent.ending import Ending
 from megatron_klong.agent.frozen import episode_folder, freeze_requested, unfinished
 from megatron_klong.agent.messages import final_tool_message, to_message, with_tool_seconds
@@ -59,7 +58,7 @@ def klong_scaffold(
 ) -> Solver:
     """Play one episode.
 
-    `tokenizer` is the file whose tokens the context policy counts; a policy of our own has one. `freeze_folder` is
+    `tokenizer` is the file whose tokens the context policy counts; a policy of our own has its own. `freeze_folder` is
     where episodes are frozen (agent/frozen.py); without it they cannot be. `go_on`: from the newest state there, if the
     sample names none.
     """
@@ -69,7 +68,7 @@ def klong_scaffold(
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         notes: dict[str, Any] = {"ending": None, "error": None}
         store().set(STORE_KEY, notes)
-        renderer = given or _renderer_of_model()
+        renderer = _renderer(given)
         frozen_in = None if folder is None else episode_folder(folder, str(state.sample_id), state.epoch)
         if go_on and frozen_in is not None and (newest := unfinished(frozen_in)):
             state.metadata["frozen"] = str(newest)
@@ -90,30 +89,49 @@ def klong_scaffold(
     return solve
 
 
-def _renderer_of_model() -> GlmRenderer:
+def _renderer(given: GlmRenderer | None) -> GlmRenderer:
+    """The model's, if it is a policy of our own, so that each text is encoded once; else the one that was given."""
     api = get_model().api
     if isinstance(api, KlongAPI):
+        if given is not None and given.tokenizer.sha256 != api.renderer.tokenizer.sha256:
+            raise PrerequisiteError(
+                f"tokenizer {given.tokenizer.path} is not the model's, {api.renderer.tokenizer.path}; leave it out"
+            )
         return api.renderer
-    raise PrerequisiteError("no tokenizer: name the file whose tokens fill the window, with -T tokenizer=FILE")
+    if given is None:
+        raise PrerequisiteError("no tokenizer: name the file whose tokens fill the window, with -T tokenizer=FILE")
+    return given
 
 
 async def _play(episode: Episode, freeze_folder: Path | None, frozen_in: Path | None) -> Ending:
-    with anyio.CancelScope() as until_deadline:
-        until_deadline.deadline = anyio.current_time() + episode.deadline.remaining
-        while (ending := _reached(episode)) is None:
-            if freeze_folder is not None and frozen_in is not None:
-                until_deadline.deadline = math.inf
-                if await _frozen(episode, freeze_folder, frozen_in):
-                    return Ending.SUSPENDED
-                until_deadline.deadline = anyio.current_time() + episode.deadline.remaining
-            reply = await ask(episode, until_deadline)
-            until_deadline.deadline = anyio.current_time() + episode.deadline.remaining
-            if reply.tool_calls:
-                await _act(episode, reply)
-            else:
-                _go_on(episode)
-        return ending
-    return Ending.TIMED_OUT
+    outcome: Ending | Exception = Ending.TIMED_OUT
+    async with anyio.create_task_group() as group:
+        group.start_soon(_cancel_behind, episode.deadline, group.cancel_scope)
+        try:
+            outcome = await _turns(episode, freeze_folder, frozen_in)
+        except Exception as fault:  # the group would wrap it
+            outcome = fault
+        group.cancel_scope.cancel()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+async def _cancel_behind(deadline: Deadline, scope: anyio.CancelScope) -> None:
+    await deadline.passed()
+    scope.cancel()
+
+
+async def _turns(episode: Episode, freeze_folder: Path | None, frozen_in: Path | None) -> Ending:
+    while (ending := _reached(episode)) is None:
+        if freeze_folder is not None and frozen_in is not None and await _frozen(episode, freeze_folder, frozen_in):
+            return Ending.SUSPENDED
+        reply = await ask(episode)
+        if reply.tool_calls:
+            await _act(episode, reply)
+        else:
+            _go_on(episode)
+    return ending
 
 
 def _reached(episode: Episode) -> Ending | None:
@@ -138,7 +156,8 @@ async def _frozen(episode: Episode, freeze_folder: Path, frozen_in: Path) -> boo
     due = stop or (every and episode.turns and episode.turns % every == 0)
     if due and episode.turns != episode.gone_on_at:  # that state stands, and a kill while it is replaced would spoil it
         try:
-            await freeze(episode, frozen_in, stop=stop)
+            with episode.deadline.left_out():
+                await freeze(episode, frozen_in, stop=stop)
         except ArchiveError as error:
             if stop:
                 raise SandboxUnavailableError(f"the episode could not be frozen: {error}") from error

@@ -5,7 +5,6 @@ prompts are made anew and compared with those it had; one that would be rendered
 """
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,10 +109,10 @@ def hard_seconds_left(config: EpisodeConfig, state: TaskState) -> float:
 async def freeze(episode: Episode, folder: Path, *, stop: bool) -> Path:
     """Write the episode down between two turns. stop: end its background commands first, since it ends here.
 
-    The seconds this takes are none of the episode's. Raises ArchiveError for a workspace that cannot be packed.
+    Raises ArchiveError for a workspace that cannot be packed.
     """
     ended = episode.toolbox.jobs.running
-    used, started = episode.deadline.used, time.monotonic()
+    used = episode.deadline.used
     if stop:
         await episode.toolbox.jobs.stop_all()
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,9 +140,7 @@ async def freeze(episode: Episode, folder: Path, *, stop: bool) -> Path:
         jobs_started=episode.toolbox.jobs.started,
         news=episode.news,
     )
-    written = await asyncio.to_thread(write_frozen, state, folder)
-    episode.deadline.leave_out(time.monotonic() - started)
-    return written
+    return await asyncio.to_thread(write_frozen, state, folder)
 
 
 async def _thaw(state: TaskState, path: Path) -> FrozenEpisode:

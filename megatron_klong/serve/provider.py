@@ -32,7 +32,7 @@ from inspect_ai.model import (
     StopReason,
     modelapi,
 )
-from inspect_ai.tool import ToolCall, ToolChoice, ToolDef, ToolInfo, ToolParams
+from inspect_ai.tool import ToolCall, ToolCallError, ToolChoice, ToolDef, ToolInfo, ToolParams
 from pydantic import PrivateAttr
 from tenacity import RetryCallState
 
@@ -77,18 +77,20 @@ class BriefTool(ToolInfo):
         return self
 
 
+type _Content = tuple[str, str | list[Content], ToolCallError | None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What an episode was last asked: its next prompt mostly begins so.
 
-    preamble: of its tools.  contents: who said what, or with which error: these very objects.  prompt: without what
-    asks for the reply.
+    preamble: of its tools.  contents: who said what, or with which error.  prompt: without what asks for the reply.
     """
 
     episode: str
     """Named to the server, so that one with replicas finds its cache."""
     preamble: PromptIds
-    contents: list[tuple[Role, object, object]]
+    contents: list[_Content]
     prompt: PromptIds
 
 
@@ -168,24 +170,26 @@ class KlongAPI(ModelAPI):
         return self._asking(self._ask(messages, tools))
 
     def _asking(self, asked: _Asked) -> PromptIds:
-        previous = Message(role=asked.contents[-1][0]) if asked.contents else None
+        previous = Message(role=_ROLES[asked.contents[-1][0]]) if asked.contents else None
         closing = [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
         return asked.prompt.followed_by([*closing, *self.renderer.header.ids])
 
     def _ask(self, messages: list[ChatMessage], tools: list[ToolInfo], last: _Asked | None = None) -> _Asked:
         """`last` gone on with, if the messages begin with its; else made anew. Raises UnknownTurn, ProtocolError."""
         preamble = self._described(tools).preamble
-        contents = [_content(message) for message in messages]
+        contents: list[_Content] = [
+            (message.role, message.content, message.error if message.role == "tool" else None) for message in messages
+        ]
         known = len(last.contents) if last else 0
-        if last and last.preamble is preamble and all(map(_same, last.contents, contents)) and known <= len(contents):
+        if last and last.preamble is preamble and last.contents == contents[:known]:  # mostly the very same objects
             prompt = last.prompt
         else:
             known, prompt = 0, preamble
         new = array("i")
-        before = contents[known - 1][0] if known else None
-        for message, (role, _, _) in zip(messages[known:], contents[known:], strict=True):
+        before = _ROLES[contents[known - 1][0]] if known else None
+        for message in messages[known:]:
             new.extend(self._message_ids(message, before))
-            before = role
+            before = _ROLES[message.role]
         episode = last.episode if last else uuid4().hex
         return _Asked(episode=episode, preamble=preamble, contents=contents, prompt=prompt.followed_by(new))
 
@@ -313,15 +317,6 @@ class KlongAPI(ModelAPI):
 def klong() -> type[ModelAPI]:
     """What Inspect AI finds under the name `klong/...`."""
     return KlongAPI
-
-
-def _content(message: ChatMessage) -> tuple[Role, object, object]:
-    return _ROLES[message.role], message.content, message.error if isinstance(message, ChatMessageTool) else None
-
-
-def _same(one: tuple[Role, object, object], other: tuple[Role, object, object]) -> bool:
-    """Whether these are the same objects."""
-    return one[0] is other[0] and one[1] is other[1] and one[2] is other[2]
 
 
 def _text(message: ChatMessage) -> str:

@@ -12,12 +12,15 @@ Source of the format: the GLM-4.5 chat template (zai-org/GLM-4.5, `chat_template
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from megatron_klong.trajectory.sampled import sampled_segments
 from megatron_klong.trajectory.schema import Message, Role, Transcript
 from megatron_klong.trajectory.segments import RenderedMessage, RenderedTranscript, Segment, SegmentKind
 from megatron_klong.trajectory.tokenizer import Tokenizer
+
+_KEPT_TEXTS = 256  # of the last turns of many episodes; 40 MB, if each has 16,000 characters
 
 
 class Control(str):
@@ -46,6 +49,8 @@ class GlmRenderer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        # a live agent's messages are rendered twice: for its context and for what is sent
+        self._encode = lru_cache(maxsize=_KEPT_TEXTS)(tokenizer.encode)
         self.header = self._segment(SegmentKind.HEADER, False, [_ROLE_TOKENS[Role.ASSISTANT]])
 
     def transcript(self, transcript: Transcript) -> RenderedTranscript:
@@ -144,11 +149,11 @@ class GlmRenderer:
                 text += piece
                 continue
             if text:
-                ids += self.tokenizer.encode(text)
+                ids += self._encode(text)
                 text = ""
             ids.append(self.tokenizer.control[piece])
         if text:
-            ids += self.tokenizer.encode(text)
+            ids += self._encode(text)
         return Segment(kind, trained, ids)
 
 

@@ -37,7 +37,10 @@ def reasoning_range(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int,
 
 def find(ids: Sequence[int], wanted: int, start: int) -> int:
     """The first place of `wanted` from `start` on; the end where there is none."""
-    return next((place for place in range(start, len(ids)) if ids[place] == wanted), len(ids))
+    try:
+        return ids.index(wanted, start)
+    except ValueError:
+        return len(ids)
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

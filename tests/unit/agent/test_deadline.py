@@ -18,9 +18,13 @@ def test_the_deadline_stands_still_while_others_are_awaited() -> None:
 def test_what_the_machinery_takes_is_none_of_the_episodes(give_back: bool) -> None:
     total, working = [100.0], [40.0]
     deadline = Deadline(60, total=lambda: total[0], working=lambda: working[0], give_back=give_back)
-    total[0], working[0] = 140.0, 60.0
-    deadline.leave_out(10.0)
-    assert (deadline.total, deadline.waited) == (30.0, 20.0)
+    total[0], working[0] = 130.0, 50.0
+    for _ in range(2):
+        assert (deadline.total, deadline.waited) == (30.0, 20.0)
+        with deadline.left_out():
+            total[0], working[0] = total[0] + 10, working[0] + 10
+            assert (deadline.total, deadline.waited) == (30.0, 20.0)
+            assert deadline.remaining == (50.0 if give_back else 30.0)
     assert deadline.remaining == (50.0 if give_back else 30.0)
 
 
