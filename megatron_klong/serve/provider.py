@@ -144,7 +144,8 @@ class KlongAPI(ModelAPI):
         """
         _check_supported(tool_choice, config)
         last = next((message.id for message in reversed(input) if message.role == "assistant"), None)
-        asked = self._ask(input, tools, self._asked.get(last or ""))
+        described = self._described(tools)
+        asked = self._ask(input, described.preamble, self._asked.get(last or ""))
         prompt = self._asking(asked)
         longest = await self._longest_sequence()
         if len(prompt) >= longest:
@@ -163,20 +164,19 @@ class KlongAPI(ModelAPI):
         turn = SampledTurn.of(uuid4().hex, prompt, await self._client.sample(prompt, sampling))
         self.turns.add(turn)
         self._keep(asked, last, turn.key)
-        return self._output(turn, parse(turn.body, self._tokenizer, self._described(tools).schemas))
+        return self._output(turn, parse(turn.body, self._tokenizer, described.schemas))
 
     def prompt(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> PromptIds:
         """What asks for the next turn. Raises UnknownTurn, ProtocolError."""
-        return self._asking(self._ask(messages, tools))
+        return self._asking(self._ask(messages, self._described(tools).preamble))
 
     def _asking(self, asked: _Asked) -> PromptIds:
         previous = Message(role=_ROLES[asked.contents[-1][0]]) if asked.contents else None
         closing = [identifier for segment in self.renderer.closing(previous) for identifier in segment.ids]
         return asked.prompt.followed_by([*closing, *self.renderer.header.ids])
 
-    def _ask(self, messages: list[ChatMessage], tools: list[ToolInfo], last: _Asked | None = None) -> _Asked:
+    def _ask(self, messages: list[ChatMessage], preamble: PromptIds, last: _Asked | None = None) -> _Asked:
         """`last` gone on with, if the messages begin with its; else made anew. Raises UnknownTurn, ProtocolError."""
-        preamble = self._described(tools).preamble
         contents: list[_Content] = [
             (message.role, message.content, message.error if message.role == "tool" else None) for message in messages
         ]

@@ -6,9 +6,10 @@ episode sampled outlives it; a line cut short by a kill is left out when the fil
 """
 
 import json
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -63,6 +64,7 @@ class TurnStore:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
+        self._file: BinaryIO | None = None  # open from the first turn that is added
         self._turns: dict[str, SampledTurn] = {}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +72,14 @@ class TurnStore:
 
     def add(self, turn: SampledTurn) -> None:
         self._turns[turn.key] = turn
-        if self._path is not None:
-            with self._path.open("ab") as file:
-                # first a line break: a line that a kill cut short must not swallow this one
-                file.write(b"\n" + turn.model_dump_json().encode())
+        if self._path is None:
+            return
+        if self._file is None:
+            self._file = self._path.open("ab")
+            weakref.finalize(self, self._file.close)
+        # first a line break: a line that a kill cut short must not swallow this one
+        self._file.write(b"\n" + turn.model_dump_json().encode())
+        self._file.flush()
 
     def __getitem__(self, key: str) -> SampledTurn:
         try:

@@ -111,6 +111,7 @@ def stopped_and_resumed(folder: Path) -> list[tuple[int, int]]:
     return list(zip(stops, starts, strict=True))
 
 
+@pytest.mark.long
 def test_it_ends_completed_and_leaves_metrics_and_weights(slurm: Slurm, config: Path) -> None:
     job = slurm.wait(submit(slurm, config, steps=3), "COMPLETED", "FAILED", "TIMEOUT", timeout_seconds=180)
     log = (config / "log.txt").read_text()

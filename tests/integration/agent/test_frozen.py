@@ -274,6 +274,7 @@ def test_ids_and_log_probabilities_go_along_and_other_weights_go_on(
     assert [turn.sampled.body for turn in turns if turn.sampled] == [list(turn.body) for turn in sampled]
 
 
+@pytest.mark.long
 def test_the_state_of_another_model_is_not_gone_on_with(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
     loaded = load_tokenizer(tokenizer)
     engine = policy(loaded, lambda tail: written_call("bash", cmd="echo there"))

@@ -78,7 +78,13 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[P
     return compute
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.long) if processes > 2 else name
+        for name, (processes, _, _) in LAYOUTS.items()
+    ],
+)
 def test_logits_gradients_and_exported_weights_are_those_of_transformers(
     computed: Callable[[str], list[Path]], layout: str
 ) -> None:

@@ -136,7 +136,7 @@ def test_routes_are_those_the_model_takes(server: Server, weights: Path) -> None
     assert complete(server, [request.model_copy(update={"routes": False})])[0].moe_topk_indices is None
 
 
-@pytest.mark.parametrize("killed", ["the server", "another rank"])
+@pytest.mark.parametrize("killed", ["the server", pytest.param("another rank", marks=pytest.mark.long)])
 def test_when_a_process_is_killed_callers_are_told_and_nothing_is_left(weights: Path, killed: str) -> None:
     with serving(weights, "--layout.tensor_parallel", "2", processes=2, limit=LONGEST) as server:
         ranks = [

@@ -32,6 +32,7 @@ def checkpoint(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return import_checkpoint(weights, folder / "checkpoint", layout, processes=1).folder
 
 
+@pytest.mark.long
 def test_a_run_starts_from_it_on_another_layout_and_its_checkpoints_are_exported(
     shard: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from tests.integration.train.launcher import finish, start
 from tests.unit.train.builders import mixture_of, small_shard
 
 
+@pytest.mark.long
 def test_it_is_trained_on_the_last_of_two_stages_and_exported_with_its_copies(tmp_path: Path) -> None:
     shard = small_shard(tmp_path / "sft")
     vocabulary = mixture_of(shard).vocabulary_size
