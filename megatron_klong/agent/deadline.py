@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import anyio
 
-_SHORTEST_WAIT_SECONDS = 0.02
+_SHORTEST_WAIT_SECONDS = 0.02  # else what stands still shortly before the end would be asked all the time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,9 +110,9 @@ def main() -> int:
 
 
 def _let_nobody_watch() -> None:
-    """Spare Inspect to map each event for clients of the Agent Client Protocol, who could be none here: it takes 7 % of
-    a turn, and there is no setting for it."""
-    with contextlib.suppress(ImportError):  # of another version: then it takes the time
+    """Leave out Inspect's Agent Client Protocol: it makes of each event what a client would be sent, which takes 7 % of
+    a turn, and here no client can be. Inspect has no setting for it."""
+    with contextlib.suppress(ImportError):  # another version names it otherwise: then it takes its time
         from inspect_ai.agent._acp.transport import _acp_live_active
 
         _acp_live_active.set(True)

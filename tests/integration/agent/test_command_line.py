@@ -48,3 +48,19 @@ def test_another_model_needs_a_tokenizer_and_is_told_so(tmp_path: Path, tasks: P
     (log,) = tmp_path.glob("*.eval")
     (record,) = export_records(log, tmp_path / "records")
     assert "with -T tokenizer=FILE" in (read_episode(record).error or ""), made.stdout
+
+
+def test_a_tokenizer_that_is_not_the_servers_is_refused(tmp_path: Path, tasks: Path, tokenizer: Path) -> None:
+    file, other = tokenizer / "tokenizer.json", tmp_path / "other.json"
+    other.write_text(file.read_text() + "\n")
+    loaded = load_tokenizer(tokenizer)
+    engine = policy(loaded, lambda tail: call("bash", cmd="true"))
+    with serving(engine, tokenizer=loaded, tokenizer_file=str(file), max_sequence_length=131072) as url:
+        made = inspect_eval(
+            tmp_path,
+            *("-T", f"tasks={tasks / 't10'}", "-T", f"tokenizer={other}"),
+            *("--model", f"klong/{url}", "--sandbox", "bubblewrap"),
+        )
+    (log,) = tmp_path.glob("*.eval")
+    (record,) = export_records(log, tmp_path / "records")
+    assert f"{other} is not the model's" in (read_episode(record).error or ""), made.stdout
