@@ -77,8 +77,15 @@ def main() -> int:
         engine = EngineConfig(
             max_sequence_length=LONGEST, max_requests=16, max_waiting=40, kv_cache_gib=0.004, block_tokens=16
         )
-        with serving(weights[0], engine, Path(folder) / "server.txt") as server:
-            asyncio.run(soak(server, weights, options, tally))
+        log = Path(folder) / "server.txt"
+        with serving(weights[0], engine, log) as server:
+            whole = False
+            try:
+                asyncio.run(soak(server, weights, options, tally))
+                whole = not tally.faults
+            finally:
+                if not whole:
+                    print(log.read_text()[-4000:], file=sys.stderr)
             server.check()
         checked = check_replies(tally, weights, options.checked)
     return report(tally, checked, options)
@@ -161,6 +168,10 @@ async def streamed(
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 chunks.append(json.loads(line.removeprefix("data: ")))
+            elif response.status_code != httpx.codes.OK:
+                tally.fault("lost_requests", f"streamed: answered with {response.status_code}: {line[:200]}")
+    if not chunks:
+        return
     completion = Completion.from_wire(chunks[-1])
     pieces = [token for chunk in chunks[:-1] for token in chunk["choices"][0]["generation_token_ids"]]
     if tuple(pieces) != completion.generation_token_ids:
