@@ -165,12 +165,15 @@ async def streamed(
         if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
             tally.counts["429"] += 1
             return
+        if response.status_code != httpx.codes.OK:
+            said = (await response.aread())[:200]
+            tally.fault("lost_requests", f"streamed: answered with {response.status_code}: {said!r}")
+            return
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 chunks.append(json.loads(line.removeprefix("data: ")))
-            elif response.status_code != httpx.codes.OK:
-                tally.fault("lost_requests", f"streamed: answered with {response.status_code}: {line[:200]}")
     if not chunks:
+        tally.fault("lost_requests", "streamed: answered without a piece")
         return
     completion = Completion.from_wire(chunks[-1])
     pieces = [token for chunk in chunks[:-1] for token in chunk["choices"][0]["generation_token_ids"]]
