@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -81,6 +82,7 @@ def _serve(config: ServeConfig, announcements: IO[str]) -> int:
     finally:
         engine.stop()
     if engine.failure is not None:
+        traceback.print_exception(engine.failure)
         print(f"{PROGRAM}: the engine failed: {engine.failure!r}", file=sys.stderr)
         return 1
     return 0

@@ -2,11 +2,14 @@
 
 Upstream (0.19) keeps complete blocks of prompts, found by a hash over all tokens before. The next turn of an episode
 begins with the previous prompt and the reply to it, so the blocks a reply filled are entered too, when it ends. Its
-hash knows nothing of weights: `forget` empties the cache at a refit.
+hash knows nothing of weights: `forget` empties the cache at a refit. And it lets a cache that has filled up starve what
+is running: a reply that goes on into its next block is given a free one only, never one that is merely kept for later,
+and with nothing left that runs the engine fails.
 
 Always (tests/integration/serve/test_prefix_cache.py): an entered block's parent in the chain is the block before it in
 the same request, so whoever holds a block holds its parents. Upstream enters a block a second time when two requests
 read the same text at once, and then loses the chain as soon as one of the two is evicted; here the first one stays.
+What is kept for later takes no room from what is running, and some request runs.
 """
 
 from typing import Any
@@ -27,8 +30,12 @@ class PrefixCache:
         self._allocator = engine.context.kv_block_allocator
         self._enter = self._allocator.register_kv_block_hashes
         self._release = self._context.release_memory_blocks_from_request_indexes
+        self._resume = self._context.resume_paused_requests
+        self._evict = self._context.evict_overflow_paused_requests
         self._allocator.register_kv_block_hashes = self._register_prompt
         self._context.release_memory_blocks_from_request_indexes = self._release_with_replies
+        self._context.resume_paused_requests = self._resume_with_room
+        self._context.evict_overflow_paused_requests = self._evict_until_room
 
     def forget(self) -> None:
         """Nothing that was read so far is found again."""
@@ -67,6 +74,23 @@ class PrefixCache:
         known = len(request.precomputed_block_hashes)
         if complete > known:
             self._register(blocks, compute_block_hashes_batched(ids[: complete * size], size), known, parent=None)
+
+    def _resume_with_room(self, active: int, newly_paused: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """In place of upstream's, which gives requests that wait for their next block what is free."""
+        missing = self._context.paused_request_count - self._allocator.total_avail
+        if missing > 0 and (kept := int(self._allocator.get_evictable_block_count())):
+            self._allocator.evict_lru_blocks(min(missing, kept))
+        resumed: tuple[int, torch.Tensor] = self._resume(active, newly_paused)
+        return resumed
+
+    def _evict_until_room(self, active: int, *tokens: torch.Tensor | None) -> torch.Tensor | None:
+        """In place of upstream's, which counts on blocks that go on being held by others who begin with the same."""
+        evicted: list[torch.Tensor] = []
+        while (numbers := self._evict(active, *tokens)) is not None:
+            evicted.append(numbers)
+            if active or self._allocator.is_memory_available(1):
+                break
+        return torch.cat(evicted) if evicted else None
 
     def _register(self, blocks: list[int], hashes: list[int], first: int, *, parent: int | None) -> None:
         """Enter blocks from place `first` on, up to one whose parent or whose text another block stands for."""

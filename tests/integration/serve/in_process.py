@@ -15,6 +15,9 @@ from megatron_klong.serve.engine import MegatronEngine
 from megatron_klong.serve.protocol import Completion, CompletionRequest
 from tests.integration.serve.served import LIMIT
 
+BLOCK = 16
+_BLOCK_BYTES = 16384  # of the tiny model
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
@@ -27,7 +30,7 @@ class Trained:
 @contextmanager
 def sampling(weights: Path, trained: Trained | None = None, **settings: Any) -> Iterator[MegatronEngine]:
     """Until the context ends; in groups of its own, unless there is a model beside."""
-    fields: dict[str, Any] = {"max_sequence_length": LIMIT, "block_tokens": 16, "kv_cache_gib": 0.02, **settings}
+    fields: dict[str, Any] = {"max_sequence_length": LIMIT, "block_tokens": BLOCK, "kv_cache_gib": 0.02, **settings}
     engine = MegatronEngine(
         ServeConfig(weights=str(weights), **fields), trained=None if trained is None else trained.model
     )
@@ -36,6 +39,11 @@ def sampling(weights: Path, trained: Trained | None = None, **settings: Any) -> 
         yield engine
     finally:
         engine.stop()
+
+
+def room_for(blocks: int) -> float:
+    """GiB of a cache of so many blocks; the engine sets one aside."""
+    return (blocks + 1.5) * _BLOCK_BYTES / 2**30
 
 
 def sample(engine: MegatronEngine, requests: Sequence[CompletionRequest]) -> list[Completion]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import torch
 
 from megatron_klong.serve.engine import MegatronEngine
 from megatron_klong.serve.protocol import Completion, CompletionRequest
-from tests.integration.serve.in_process import sample, sampling
+from tests.integration.serve.in_process import BLOCK, room_for, sample, sampling
 from tests.integration.serve.served import VOCABULARY, assert_log_probabilities, greedy
 
-BLOCK = 16
 LONGEST = 1024
 
 
@@ -72,3 +72,49 @@ def test_what_was_found_in_the_cache_gives_what_reading_it_gives(
         assert_log_probabilities(reference, reply, 0.7)
     again = CompletionRequest(prompt_token_ids=replies[-1].prompt_token_ids, max_tokens=20, temperature=0.0)
     assert list(sample(engine, [again])[0].generation_token_ids) == greedy(reference, again.prompt_token_ids, 20)
+
+
+def test_a_full_cache_takes_no_room_from_replies(weights: Path, reference: torch.nn.Module) -> None:
+    """One request after another, many times what the cache holds; each goes on into blocks that must be given up."""
+    chosen = random.Random(3)
+    requests = [
+        CompletionRequest(prompt_token_ids=random_ids(chosen.randint(1, 60), chosen), max_tokens=40, temperature=0.0)
+        for _ in range(8)
+    ]
+    with sampling(weights, kv_cache_gib=room_for(8), max_sequence_length=8 * BLOCK) as engine:
+        replies = [sample(engine, [request])[0] for request in requests]
+        [load] = engine.loads
+        assert load.blocks == 8
+    for request, reply in zip(requests, replies, strict=True):
+        assert list(reply.generation_token_ids) == greedy(reference, request.prompt_token_ids, 40)
+        assert reply.num_evictions == 0
+
+
+def test_where_all_need_a_block_at_once_and_share_theirs_somebody_goes_on(
+    weights: Path, reference: torch.nn.Module
+) -> None:
+    """Two hold a block of their own behind the beginning that all share; to put off the others frees nothing."""
+    chosen = random.Random(4)
+    shared = random_ids(2 * BLOCK, chosen)
+    prompts = [
+        # read one step before the others, which wait for what they share, and so in need of a block at the same step
+        (*shared, *random_ids(BLOCK - 1, chosen)),
+        (*shared, *random_ids(BLOCK, chosen)),
+        shared,
+        shared,
+    ]
+    requests = [CompletionRequest(prompt_token_ids=prompt, max_tokens=4, temperature=0.0) for prompt in prompts]
+    with sampling(weights, kv_cache_gib=room_for(4), max_sequence_length=4 * BLOCK) as engine:
+        gate = threading.Event()
+        engine._loop.call_soon_threadsafe(gate.wait)
+
+        async def play() -> list[Completion]:
+            asked = [asyncio.ensure_future(engine.generate(request)) for request in requests]
+            await asyncio.sleep(0.1)
+            gate.set()
+            return await asyncio.gather(*asked)
+
+        replies = asyncio.run(play())
+    assert sum(reply.num_evictions for reply in replies) >= 3
+    for request, reply in zip(requests, replies, strict=True):
+        assert list(reply.generation_token_ids) == greedy(reference, request.prompt_token_ids, 4)

@@ -1,0 +1,130 @@
+"""A replica under schedules nobody would write down: little room, shared beginnings, parts of prompts, ends, refits."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_klong.model.config import ModelConfig
+from megatron_klong.serve.config import ServeConfig
+from megatron_klong.serve.protocol import CompletionRequest
+from megatron_klong.serve.replica import Replica
+from tests.integration.serve.in_process import BLOCK, room_for, sampling
+from tests.integration.serve.served import TOLERANCE, VOCABULARY
+
+STEPS = 100
+MOST = 12
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """A request and what came of it so far."""
+
+    request: CompletionRequest
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+
+class Schedule:
+    """What happens to one replica, all of it chosen by a seed."""
+
+    def __init__(self, seed: int, model: GPTModel, config: ModelConfig, weights: Path) -> None:
+        self.chosen = chosen = random.Random(seed)
+        blocks = chosen.choice((4, 6, 8, 12, 20))
+        self.longest = min(blocks, chosen.choice((4, 6, 8, 12, 20))) * BLOCK
+        settings = ServeConfig(
+            weights=str(weights),
+            max_requests=chosen.choice((2, 4, 8)),
+            block_tokens=BLOCK,
+            step_tokens=chosen.choice((64, 64, 128, 512)),
+            prefix_cache=chosen.random() < 0.85,
+            max_sequence_length=self.longest,
+            kv_cache_gib=room_for(blocks),
+        )
+        self.replica = Replica(model, config, settings)
+        self.beginnings = [self.ids(chosen.choice((BLOCK, 2 * BLOCK))) for _ in range(chosen.choice((1, 3)))]
+        self.often = {"add": chosen.choice((0.1, 0.5, 0.9)), "end": chosen.choice((0, 0.02, 0.2))}
+        self.often["refit"] = chosen.choice((0, 0, 0, 0.05))
+        self.burst = chosen.choice((1, 3, 8))
+        self.asked = 0
+        self.epoch = 0
+        self.running: dict[int, Asked] = {}
+        self.done: list[Asked] = []
+
+    def ids(self, count: int) -> list[int]:
+        return self.chosen.choices(range(VOCABULARY), k=count)
+
+    def maybe(self, what: str) -> bool:
+        return self.chosen.random() < self.often[what]
+
+    def request(self) -> CompletionRequest:
+        chosen = self.chosen
+        beginning = chosen.choice(self.beginnings) if chosen.random() < 0.8 else []
+        own = self.ids(chosen.choice((0, 0, 1, BLOCK - 1, BLOCK, BLOCK + 1, chosen.randint(1, 40))))
+        prompt = tuple([*beginning, *own][: self.longest - 1]) or (1,)
+        return CompletionRequest(prompt_token_ids=prompt, max_tokens=chosen.randint(1, self.longest - len(prompt)))
+
+    async def play(self) -> None:
+        for _ in range(STEPS):
+            if self.maybe("refit"):
+                self.epoch += 1
+                self.replica.weights_replaced(self.epoch)  # by the same
+            ended = [number for number in self.running if self.maybe("end")]
+            self.replica.end(ended)
+            for number in ended:
+                del self.running[number]
+            more = self.chosen.randint(1, self.burst) if self.maybe("add") else 0
+            for _ in range(min(more, MOST - len(self.running))):
+                self.running[self.asked] = Asked(request=self.request())
+                self.replica.add(self.asked, self.running[self.asked].request, seed=self.asked)
+                self.asked += 1
+            await self.step()
+        for _ in range(self.longest * self.asked):  # each reads or samples a token at least
+            await self.step()
+        assert not self.replica.has_work, "it steps and gets nowhere"
+        assert not self.running
+
+    async def step(self) -> None:
+        for part in await self.replica.step() if self.replica.has_work else ():
+            assert part.error is None
+            if (asked := self.running.get(part.number)) is None:
+                continue
+            asked.ids += part.ids
+            asked.log_probs += part.log_probs
+            if part.finished:
+                self.done.append(self.running.pop(part.number))
+
+
+@pytest.fixture(scope="module")
+def replica(weights: Path) -> Iterator[Replica]:
+    """Whose model is used; its engine is idle meanwhile."""
+    with sampling(weights) as engine:
+        assert engine._lockstep is not None
+        yield engine._lockstep._replica
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(12))
+def test_every_request_ends_and_nothing_stays_held(
+    replica: Replica, weights: Path, reference: torch.nn.Module, seed: int
+) -> None:
+    schedule = Schedule(seed, replica.model, replica.model_config, weights)
+    asyncio.run(schedule.play())
+    assert schedule.done
+    for asked in schedule.done:
+        assert len(asked.ids) == len(asked.log_probs) == asked.request.max_tokens
+    allocator = schedule.replica._engine.context.kv_block_allocator
+    kept = int(allocator.get_evictable_block_count()) if allocator.enable_prefix_caching else 0
+    assert allocator.total_avail + kept == allocator.total_count - 1
+    for asked in schedule.done[:: len(schedule.done) // 8 + 1]:
+        ids = torch.tensor([[*asked.request.prompt_token_ids, *asked.ids]])
+        prompt = len(asked.request.prompt_token_ids)
+        with torch.no_grad():
+            expected = torch.log_softmax(reference(ids).logits[0, prompt - 1 : -1], -1)
+        expected = expected.gather(-1, ids[0, prompt:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(asked.log_probs), expected, atol=TOLERANCE, rtol=0)
