@@ -20,6 +20,8 @@ import megatron_klong.model.megatron_ready  # noqa: F401
 import torch
 from megatron.core.inference.inference_request import compute_block_hashes_batched
 
+_SPARE = 1 / 128
+
 
 class PrefixCache:
     """The cache of one engine. What requests hold is not touched by any of this."""
@@ -79,7 +81,9 @@ class PrefixCache:
         """In place of upstream's, which gives requests that wait for their next block what is free."""
         missing = self._context.paused_request_count - self._allocator.total_avail
         if missing > 0 and (kept := int(self._allocator.get_evictable_block_count())):
-            self._allocator.evict_lru_blocks(min(missing, kept))
+            # to choose them takes milliseconds in a large cache, however few: some more, and not at every step
+            wanted = max(missing, int(self._allocator.total_count * _SPARE))
+            self._allocator.evict_lru_blocks(min(wanted, kept))
         resumed: tuple[int, torch.Tensor] = self._resume(active, newly_paused)
         return resumed
 
