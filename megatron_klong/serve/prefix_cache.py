@@ -6,10 +6,10 @@ hash knows nothing of weights: `forget` empties the cache at a refit. And it let
 is running: a reply that goes on into its next block is given a free one only, never one that is merely kept for later,
 and with nothing left that runs the engine fails.
 
-Always (tests/integration/serve/test_prefix_cache.py): an entered block's parent in the chain is the block before it in
-the same request, so whoever holds a block holds its parents. Upstream enters a block a second time when two requests
-read the same text at once, and then loses the chain as soon as one of the two is evicted; here the first one stays.
-What is kept for later takes no room from what is running, and some request runs.
+Always (test_prefix_cache.py and test_any_schedule.py in tests/integration/serve): an entered block's parent in the
+chain is the block before it in the same request, so whoever holds a block holds its parents. Upstream enters a block a
+second time when two requests read the same text at once, and then loses the chain as soon as one of the two is evicted;
+here the first one stays. What is kept for later takes no room from what is running, and some request runs.
 """
 
 from typing import Any
