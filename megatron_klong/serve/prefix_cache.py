@@ -1,4 +1,4 @@
-"""What Megatron's prefix cache lacks for episodes: replies in it, and nothing in it of weights that were replaced.
+"""What Megatron's prefix cache lacks for episodes: replies in it, nothing of replaced weights, room for what runs.
 
 Upstream (0.19) keeps complete blocks of prompts, found by a hash over all tokens before. The next turn of an episode
 begins with the previous prompt and the reply to it, so the blocks a reply filled are entered too, when it ends. Its

@@ -64,9 +64,12 @@ class Replica:
         self._engine.add_request(number, list(request.prompt_token_ids), _sampling_parameters(request))
 
     def end(self, numbers: Iterable[int]) -> None:
-        """Have requests forgotten, within one step; of a prompt that is just being read, no more than that is read."""
+        """Have requests forgotten, within one step; of a prompt that is just being read, no more than that is read.
+
+        Called before each step: one that was put off for lack of room while it ended is not taken up again.
+        """
         engine = self._engine
-        for number in numbers:
+        for number in (*self._ending, *numbers):
             entry = engine.requests.get(number)
             if entry is None:
                 continue
