@@ -137,7 +137,7 @@ async def asked_once(url: str, work: Work) -> float:
 
 @contextmanager
 def server_of(weights: Path, engine: EngineConfig, threads: int) -> Iterator[Server]:
-    """threads: 0: as torch decides."""
+    """threads: 0: as `serving` decides."""
     before = os.environ.get("OMP_NUM_THREADS")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -33,7 +33,6 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another crawl if anything else runs
 
 import httpx  # noqa: E402
 import psutil  # noqa: E402

@@ -15,7 +15,9 @@ import torch
 from inspect_ai.model import ChatMessage, ChatMessageUser, GenerateConfig, get_model
 from pydantic_core import from_json
 
+from megatron_klong.serve import launch
 from megatron_klong.serve.client import Client, ServerError
+from megatron_klong.serve.config import EngineConfig
 from megatron_klong.serve.protocol import CompletionRequest, sha256_of_ids
 from megatron_klong.serve.provider import KlongAPI
 from megatron_klong.trajectory.glm import GlmRenderer
@@ -168,6 +170,14 @@ def test_stopped_in_the_middle_of_a_request_it_leaves_nothing(weights: Path) -> 
         assert running.process.stdout is not None
         assert running.process.stdout.read() == ""
         assert not [child for child in children if child.is_running()]
+
+
+def test_started_beside_its_clients_it_takes_one_core(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with launch.serving(weights, EngineConfig(max_sequence_length=LIMIT), tmp_path / "server.txt") as server:
+        assert psutil.Process(server.process.pid).environ()["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_port_in_use_and_missing_weights_are_said_in_one_line(weights: Path, server: Server, tmp_path: Path) -> None:
