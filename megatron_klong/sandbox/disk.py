@@ -1,10 +1,13 @@
 """How much a sandbox's files take, and the end of commands that take more than they may.
 
 Neither a quota nor a file system of its own can be had without privileges, so commands are watched: every
-WATCH_SECONDS the free space of the file system is looked at, which is cheap, and only when that fell by half of what
-is left to the sandbox, since its files were last counted, are they counted again, in a thread. A command can exceed
-the limit by what it writes in WATCH_SECONDS and in the time that counting takes. `fallocate`, which would take all at
-once, is refused by the filter of system calls.
+WATCH_SECONDS the free space of the file system is looked at, which is cheap, and when that fell by half of what is
+left to the sandbox, from the most that there was since its files were last counted, they are counted again, in a
+thread. What others delete just then hides what is written, so they are also counted when nothing seems to happen: as
+often as that costs a five-hundredth of the time, after LEAST_SECONDS at the soonest and MOST_SECONDS at the latest.
+That is how long a command can write unseen where others delete as fast; elsewhere it exceeds the limit by what it
+writes in WATCH_SECONDS and in the time that counting takes. `fallocate`, which would take all at once, is refused by
+the filter of system calls.
 
 What counts: blocks, not lengths (a sparse file is as small as it is), a file with several names once, each directory
 entry towards the number of files, and files that were deleted but are still open in one of the sandbox's processes.
@@ -12,7 +15,8 @@ Not seen are deleted files that only a memory mapping or a message in a socket h
 
 The count walks an agent's files from outside. It opens nothing but directories, by descriptor and never through a
 link, and compares what `..` leads back to with where it came from. An agent that moves its directories about can make
-a count incomplete: then all that the file system has lost since the last complete one is taken for its own.
+a count incomplete: then all that the file system has lost, from the most it had since the last complete one, is taken
+for its own.
 """
 
 import asyncio
@@ -27,8 +31,8 @@ from pathlib import Path
 WATCH_SECONDS = 0.25
 BLOCK_BYTES = 512  # of st_blocks, on every file system
 ATTEMPTS = 3
-RECOUNT_SECONDS = 30.0  # counted again after so long in any case: what others delete hides what is written here
 COUNT_SHARE = 4  # counting takes at most a fifth of the time, unless what is left may be used up already
+IDLE_SHARE, LEAST_SECONDS, MOST_SECONDS = 500, 1.0, 30.0  # and a five-hundredth where nothing seems to be written
 MOST_COUNTED = 4  # times the limit: beyond it, how much more does not matter
 SLACK_BYTES = 1024**2  # that a command in a full sandbox may add, in directories for instance
 
@@ -52,7 +56,7 @@ class DiskWatch:
         self._most = Usage(bytes=most_bytes, files=most_files)
         self._allowed = self._most
         self._usage = Usage(bytes=0, files=0)
-        self._complete = self._usage  # the last count that was, and what the file system had left at that time
+        self._complete = self._usage  # the last count that was, and the most that the file system had left since
         self._free = free(directory)
         self._counted_at = time.monotonic()
         self._count_seconds = 0.0
@@ -89,6 +93,7 @@ class DiskWatch:
         """Whether so much was written, by whomever, that this sandbox may be near its limit; or it is long ago."""
         age = time.monotonic() - self._counted_at
         bytes_left, files_left = free(self._directory)
+        self._free = max(self._free[0], bytes_left), max(self._free[1], files_left)
         bytes_gone, files_gone = self._free[0] - bytes_left, self._free[1] - files_left
         bytes_room = self._allowed.bytes - self._complete.bytes
         files_room = self._allowed.files - self._complete.files
@@ -96,7 +101,8 @@ class DiskWatch:
             return True
         if age < COUNT_SHARE * self._count_seconds:
             return False
-        return age > RECOUNT_SECONDS or bytes_gone > bytes_room / 2 or files_gone > files_room / 2
+        idle = min(max(IDLE_SHARE * self._count_seconds, LEAST_SECONDS), MOST_SECONDS)
+        return age > idle or bytes_gone > bytes_room / 2 or files_gone > files_room / 2
 
     async def _count(self, pids: Callable[[], Iterable[int]]) -> None:
         def counted() -> Usage:

@@ -149,7 +149,9 @@ def _chunks(path: Path, head: bytes) -> Iterator[bytes]:
         with path.open("rb") as file:
             yield from _unpacked(file, head)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        detail = f"the compressed data is damaged: {error}; what was read before it is kept"
+        # a checksum comes last: that it differs says nothing of where
+        kept = "what was read before this was seen is kept, and may be spoilt in parts; pack the file again"
+        detail = f"the compressed data is damaged: {error}; {kept}"
         raise DamagedStream(RefusalReason.CORRUPT, detail) from error
     except OSError as error:
         raise DamagedStream(RefusalReason.UNREADABLE, str(error)) from error
