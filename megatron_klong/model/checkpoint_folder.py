@@ -78,6 +78,8 @@ def read_checkpoint(folder: Path) -> CheckpointFolder:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
+        if not isinstance(manifest, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable ({error}); delete {folder}, or make it again") from error
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
@@ -85,19 +87,18 @@ def read_checkpoint(folder: Path) -> CheckpointFolder:
         raise CheckpointError(
             f"{path}: {found}, but this program reads {FORMAT} version {VERSION}; continue with the one that wrote it"
         )
-    for name, expected in manifest["files"].items():
+    try:
+        sizes = {name: expected["bytes"] for name, expected in manifest["files"].items()}
+        setting = Setting(**manifest["setting"])
+    except (AttributeError, KeyError, TypeError) as error:
+        fault = f"damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{path}: {fault}; delete {folder}, or make it again") from error
+    for name, expected in sizes.items():
         file = folder / name
         size = file.stat().st_size if file.exists() else "no"
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{file}: {size} bytes, manifest says {expected['bytes']}; delete {folder}, or make it again"
-            )
-    return CheckpointFolder(
-        folder=folder,
-        setting=Setting(**manifest["setting"]),
-        progress=manifest.get("progress"),
-        files=manifest["files"],
-    )
+        if size != expected:
+            raise CheckpointError(f"{file}: {size} bytes, manifest says {expected}; delete {folder}, or make it again")
+    return CheckpointFolder(folder=folder, setting=setting, progress=manifest.get("progress"), files=manifest["files"])
 
 
 def find_checkpoint(path: Path) -> CheckpointFolder:

@@ -123,6 +123,8 @@ class ModelConfig(Config):
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
             table = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(table, dict):
+                raise ValueError("no JSON object")
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{file}: not readable ({error}); give a folder of weights in Hugging Face format"

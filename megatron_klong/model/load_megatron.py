@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -54,7 +55,11 @@ def load_megatron(chunks: Sequence[GPTModel], config: ModelConfig, folder: Path 
         for chunk in chunks
     ]
     _check_tensors(checkpoint, [entry for entries in sharded for entry in entries.values()])
-    loaded = dist_checkpointing.load({"model": sharded}, str(folder))
+    try:
+        loaded = dist_checkpointing.load({"model": sharded}, str(folder))
+    except CheckpointException as error:  # of all processes alike; a BaseException, so that few would catch it
+        cause = next((cause for cause, _ in error.failures.values()), error)
+        raise CheckpointError(f"{folder}: could not be read ({cause}); try again, or make it anew") from error
     for chunk, state in zip(chunks, loaded["model"], strict=True):
         chunk.load_state_dict(state, strict=False)  # strict is checked above
 

@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from megatron_klong.serve.chat import ChatCompletions
-from megatron_klong.serve.completions import TextCompletions
+from megatron_klong.serve.completions import TextCompletions, characters
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Engine
 from megatron_klong.serve.metrics import Metrics
@@ -60,6 +61,7 @@ from megatron_klong.trajectory.tokenizer import Tokenizer
 _RETRY_AFTER_SECONDS = 1
 _GONE = 499  # nobody reads the answer
 _MIB = 1 << 20
+_MUCH_TEXT = 1 << 16  # characters, which take some 40 ms to encode
 _STATUS: Mapping[type[Exception], int] = {
     ReplyError: 502,  # is a ProtocolError, but of the engine: the fault is not the client's
     ProtocolError: 400,
@@ -112,20 +114,29 @@ class Front:
 
     async def completions(self, request: Request) -> Response:
         body = read_json(await self._body(request))
-        return await self._answer(request, TextCompletions.of(body, model=self._config.name, tokenizer=self._tokenizer))
+        read = partial(
+            TextCompletions.of,
+            body,
+            model=self._config.name,
+            tokenizer=self._tokenizer,
+            check_count=self._check_count,
+        )
+        return await self._answer(request, await _encoded(read, characters(body)))
 
     async def chat(self, request: Request) -> Response:
-        body = read_json(await self._body(request))
+        content = await self._body(request)
+        body = read_json(content)
         if self._prompts is None or self._tokenizer is None:
             raise ProtocolError("messages: this server has no tokenizer; start it with --tokenizer")
-        asked = ChatCompletions.of(
+        read = partial(
+            ChatCompletions.of,
             body,
             model=self._config.name,
             prompts=self._prompts,
             tokenizer=self._tokenizer,
             longest=self._config.max_sequence_length,
         )
-        return await self._answer(request, asked)
+        return await self._answer(request, await _encoded(read, len(content)))
 
     async def refit(self, request: Request) -> Response:
         asked = validated(RefitRequest, dict(read_json(await self._body(request))))
@@ -221,11 +232,22 @@ class Front:
         self._metrics.finished(completions, time.monotonic() - started)
         return JSONResponse(asked.reply(completions))
 
-    def _take_up(self, count: int) -> None:
-        most = self._config.max_requests + self._config.max_waiting
-        limit = f"max_requests {self._config.max_requests} and max_waiting {self._config.max_waiting}"
+    @property
+    def _most(self) -> tuple[int, str]:
+        """How many replies may be in flight, and why."""
+        config, replicas = self._config, max(1, len(self._engine.loads))
+        on_each = f" on each of {replicas} replicas" if replicas > 1 else ""
+        limit = f"max_requests {config.max_requests}{on_each} and max_waiting {config.max_waiting}"
+        return config.max_requests * replicas + config.max_waiting, limit
+
+    def _check_count(self, count: int) -> None:
+        most, limit = self._most
         if count > most:
             raise ProtocolError(f"{count} replies in one body, above {limit} together; ask for fewer at once")
+
+    def _take_up(self, count: int) -> None:
+        self._check_count(count)
+        most, limit = self._most
         if self._in_flight + count > most:
             headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
             message = f"{self._in_flight} requests are in flight already, of {limit}; come back after Retry-After"
@@ -248,7 +270,8 @@ class Front:
             self._metrics.answered(request.url.path, outcome.status)
             await stream.aclose()
 
-        return _Events(self._events(asked, first, stream, started, outcome), ended)
+        events = self._events(asked, first, stream, started, outcome)
+        return _Events(events, ended, seconds=self._config.body_seconds)
 
     async def _events(
         self, asked: Asked, first: Piece, stream: AsyncGenerator[Piece], started: float, outcome: "_Outcome"
@@ -278,12 +301,7 @@ class Front:
 
     def _check(self, asked: CompletionRequest) -> None:
         """Raise for what the engine cannot do."""
-        prompt, limit = len(asked.prompt_token_ids), self._config.max_sequence_length
-        if prompt + asked.max_tokens > limit:
-            raise ProtocolError(
-                f"too long: {prompt} tokens of prompt and max_tokens {asked.max_tokens} are "
-                f"{prompt + asked.max_tokens}, above the maximum context length of {limit}"
-            )
+        asked.check_length(self._config.max_sequence_length)
         if asked.top_k >= self._engine.vocabulary_size:
             raise ProtocolError(f"top_k {asked.top_k} is not below the vocabulary's {self._engine.vocabulary_size}")
         if asked.stop and self._tokenizer is None:
@@ -313,19 +331,37 @@ class _Outcome:
 
 
 class _Events(StreamingResponse):
-    """What is streamed. `ended` is called however it ends, even if it never began."""
+    """What is streamed. `ended` is called however it ends, even if it never began.
 
-    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], Awaitable[None]]) -> None:
+    A client that takes nothing for `seconds`, while there is more than sockets hold, has left, as far as we care.
+    """
+
+    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], Awaitable[None]], *, seconds: float) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._events = events
         self._ended = ended
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def taken(message: Message) -> None:
+            async with asyncio.timeout(self._seconds):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, taken)
+        except TimeoutError:
+            pass  # the server logs that the reply is not whole, and closes the connection
         finally:
             await self._events.aclose()
             await self._ended()
+
+
+async def _encoded[Result](read: Callable[[], Result], characters: int) -> Result:
+    """What `read` makes of a body; in a thread where there is so much text that others would wait for it.
+
+    Only there, so that requests of token ids, and short ones, reach the engine in the order in which they came.
+    """
+    return await asyncio.to_thread(read) if characters > _MUCH_TEXT else read()
 
 
 async def _unless_gone[Result](request: Request, work: Awaitable[Result]) -> Result:

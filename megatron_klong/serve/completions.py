@@ -1,7 +1,7 @@
 """`/v1/completions`: prompts of token ids (or text) in, sampled ids out, under Megatron's field names and OpenAI's."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -31,10 +31,19 @@ class TextCompletions:
     streams: dict[int, TextStream] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, body: Mapping[str, Any], *, model: str, tokenizer: Tokenizer | None) -> "TextCompletions":
-        """Raises ProtocolError, naming the field."""
+    def of(
+        cls,
+        body: Mapping[str, Any],
+        *,
+        model: str,
+        tokenizer: Tokenizer | None,
+        check_count: Callable[[int], None] = lambda count: None,
+    ) -> "TextCompletions":
+        """check_count: raises for too many replies, before anything is made for each. ProtocolError, with the field."""
         asked = read_asked(body, prompt_fields=_PROMPT)
-        prompts, is_text = _prompts(body.get("prompt"), tokenizer)
+        several = _several(body.get("prompt"))
+        check_count(len(several) * asked.delivery.n)
+        prompts, is_text = _ids(several, tokenizer)
         if is_text and tokenizer is not None:
             asked = asked.stopping_at(stop_ids(tokenizer))
         one_each = [asked.request(prompt, max_tokens=DEFAULT_MAX_TOKENS) for prompt in prompts]
@@ -130,9 +139,18 @@ def usage(completions: Sequence[Completion]) -> dict[str, Any]:
     }
 
 
-def _prompts(given: Any, tokenizer: Tokenizer | None) -> tuple[list[list[int]], bool]:
-    """One prompt or several, each as ids; and whether they were text."""
-    several = given if isinstance(given, list) and given and isinstance(given[0], list | str) else [given]
+def characters(body: Mapping[str, Any]) -> int:
+    """Of its prompts, as far as they are text."""
+    return sum(len(prompt) for prompt in _several(body.get("prompt")) if isinstance(prompt, str))
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """One prompt or several, as several."""
+    return given if isinstance(given, list) and given and isinstance(given[0], list | str) else [given]
+
+
+def _ids(several: Sequence[Any], tokenizer: Tokenizer | None) -> tuple[Sequence[list[int]], bool]:
+    """Each as ids; and whether they were text."""
     if all(isinstance(prompt, str) for prompt in several):
         if tokenizer is None:
             raise ProtocolError("prompt: this server has no tokenizer; send token ids, or start it with --tokenizer")

@@ -16,7 +16,7 @@ class EngineConfig(Config):
     max_sequence_length: int = Field(default=4096, gt=0)
     """Longest prompt with its reply, in tokens."""
     max_requests: int = Field(default=32, gt=0)
-    """Sampled in one batch; further ones wait."""
+    """Sampled in one batch, by each replica; further ones wait."""
     max_waiting: int = Field(default=256, ge=0)
     """Requests beyond those are answered with 429."""
     step_tokens: int = Field(default=4096, ge=64)
@@ -66,6 +66,6 @@ class ServeConfig(EngineConfig):
     max_body_mib: float = Field(default=16, gt=0)
     """Larger requests are answered with 413."""
     body_seconds: float = Field(default=30, gt=0)
-    """A request must have arrived within so long; else 408."""
+    """A request must have arrived within so long, else 408; and a piece of a streamed reply be taken, else it ends."""
     drain_seconds: int = Field(default=5, ge=0)
     """When stopped, how long requests in flight may take to finish."""

@@ -29,7 +29,7 @@ from torch import distributed
 from megatron_klong.config import ConfigError
 from megatron_klong.model.build import build_model
 from megatron_klong.model.parallel import check_initialized, destroy, initialize
-from megatron_klong.serve import cpu, cpu_layers, refit
+from megatron_klong.serve import cpu, cpu_layers, refit, routes
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.flight import Flight, RefitAsked
 from megatron_klong.serve.interface import Load, Progress
@@ -119,7 +119,7 @@ class MegatronEngine:
             self._leave()
 
     async def generate(self, request: CompletionRequest) -> Completion:
-        """Sample one reply. Raises EngineStopped, DeadlinePassed."""
+        """Sample one reply. Raises EngineStopped, DeadlinePassed; ProtocolError for one that is too long."""
         async with contextlib.aclosing(self._parts(request, streamed=False)) as parts:
             async for part in parts:
                 if isinstance(part, Completion):
@@ -151,6 +151,7 @@ class MegatronEngine:
         return await asked.done
 
     async def _parts(self, request: CompletionRequest, *, streamed: bool) -> AsyncGenerator[Progress | Completion]:
+        request.check_length(self._config.max_sequence_length)  # upstream would tell of it at a step it never takes
         seconds = request.deadline_seconds
         flight = Flight(
             number=next(self._numbers),
@@ -227,6 +228,8 @@ class MegatronEngine:
         model = build_model(
             self.model_config, layout, precision=config.precision, initialize_weights=False, routes=config.routes
         )
+        if config.routes:
+            routes.record(model)
         refit.load(model, self.model_config, Path(config.weights))
         # the other way for experts needs memory that several GPUs share
         model.config.inference_moe_token_dispatcher_type = "nccl"
@@ -235,6 +238,8 @@ class MegatronEngine:
 
     def _leave(self) -> None:
         refit.forget()
+        if self._config.routes:
+            routes.forget()
         if self._groups_are_own:
             destroy()
         elif self._lockstep is not None:

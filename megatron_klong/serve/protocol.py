@@ -146,6 +146,15 @@ class CompletionRequest(Sampling):
         """The body of a POST."""
         return {"prompt": list(self.prompt_token_ids), **self.fields()}
 
+    def check_length(self, limit: int) -> None:
+        """Raise ProtocolError where prompt and reply together may be longer than so many tokens."""
+        prompt = len(self.prompt_token_ids)
+        if prompt + self.max_tokens > limit:
+            raise ProtocolError(
+                f"too long: {prompt} tokens of prompt and max_tokens {self.max_tokens} are "
+                f"{prompt + self.max_tokens}, above the maximum context length of {limit}"
+            )
+
 
 class Reply(WireMessage):
     """What was sampled. The stop token, if one was sampled, is the last id."""

@@ -16,8 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.resharding.refit import clear_all_caches, swap_model_weights
 from torch import distributed
 
-from megatron_klong.config import ConfigError
-from megatron_klong.model.checkpoint_folder import MANIFEST, CheckpointError, read_checkpoint
+from megatron_klong.model.checkpoint_folder import MANIFEST, read_checkpoint
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.model.hugging_face import WeightsError, load_hugging_face
 from megatron_klong.model.load_megatron import load_megatron
@@ -94,7 +93,7 @@ def _all_or_nothing(model: GPTModel, replace: Callable[[], None], group: Any) ->
         state = [*model.parameters(), *model.buffers()]
         if not all(bool(tensor.isfinite().all()) for tensor in state if tensor.is_floating_point()):
             fault = "the weights hold numbers that are not finite"
-    except (WeightsError, CheckpointError, ConfigError, OSError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:
         fault = f"{type(error).__name__}: {error}"
     if faults := [found for found in _of_all(fault, group) if found is not None]:
         for tensor, before in zip((*model.parameters(), *model.buffers()), held, strict=True):

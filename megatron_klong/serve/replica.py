@@ -31,6 +31,7 @@ from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Load, Progress
 from megatron_klong.serve.prefix_cache import PrefixCache
 from megatron_klong.serve.protocol import CompletionRequest
+from megatron_klong.serve.routes import Routes
 from megatron_klong.serve.sampling import SeededSampling
 
 _NO_TOKEN = -1
@@ -49,6 +50,7 @@ class Replica:
         self._engine = _engine(model, config)
         self._engine._generation_epoch = config.policy_epoch
         self._cache = PrefixCache(self._engine) if config.prefix_cache else None
+        self._routes = Routes(self._engine)
         controller = self._engine.controller
         controller._sampling = SeededSampling(self._seeds)
         self._sampled: list[int] = []
@@ -91,6 +93,7 @@ class Replica:
 
     async def step(self) -> list[Progress]:
         """One forward pass: a token for each running request, and parts of prompts."""
+        self._routes.begin_step()
         with InferenceMode.active():
             done = await self._engine.async_step()
         finished = {record.request_id: record for record in done["finished_request_records"]}
@@ -171,7 +174,7 @@ class Replica:
             kv_cache_epoch=tuple(last.kv_cache_epoch or ()),
             evictions=len(requests) - 1,
             cached_tokens=requests[0].num_cached_tokens,
-            routes=last.routing_indices.tolist() if asked.routes and last.routing_indices is not None else None,
+            routes=self._routes.of(last) if asked.routes and record is not None else None,
             error=_error(requests) if last.status == Status.FAILED else None,
         )
 

@@ -157,6 +157,12 @@ def cut_the_manifest_short(folder: Path) -> None:
     (folder / "klong.json").write_text((folder / "klong.json").read_text()[:-9])
 
 
+def lose_the_setting(folder: Path) -> None:
+    manifest = json.loads((folder / "klong.json").read_text())
+    del manifest["setting"]
+    (folder / "klong.json").write_text(json.dumps(manifest))
+
+
 def claim_another_model(folder: Path, **fields: object) -> None:
     manifest = json.loads((folder / "klong.json").read_text())
     manifest["setting"]["model"] |= fields or {"hidden_size": 72}
@@ -179,6 +185,7 @@ def claim_more_layers(folder: Path) -> None:
         (cut_the_weights_short, r"__0_0\.distcp: \d+ bytes, manifest says \d+"),
         (lose_the_weights, r"__0_0\.distcp: no bytes, manifest says"),
         (cut_the_manifest_short, r"klong\.json: not readable"),
+        (lose_the_setting, r"klong\.json: damaged \(KeyError: 'setting'\); delete .*, or make it again"),
         (claim_another_model, r"k: \S+ has shape \[.*64.*\], the model needs \[.*72.*\]"),
         (claim_fewer_layers, r"k: \d+ tensors not of this model: decoder\.layers\.3\."),
         (claim_more_layers, r"k: \d+ tensors missing: decoder\.layers\.4\."),

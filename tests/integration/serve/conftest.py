@@ -30,7 +30,7 @@ LAYOUTS = {
     "DP2": {},
 }
 REQUESTS = [
-    CompletionRequest(prompt_token_ids=prompt, max_tokens=most, temperature=0.0)
+    CompletionRequest(prompt_token_ids=prompt, max_tokens=most, temperature=0.0, routes=True)
     for prompt, most in zip(prompts(1, 9, 40, 70, 150, 30), (24, 3, 20, 24, 24, 1), strict=True)
 ]
 

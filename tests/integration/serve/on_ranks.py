@@ -51,6 +51,7 @@ def answers(weights: str, layout: LayoutConfig, groups: Sequence[Sequence[Mappin
             step_tokens=64,
             block_tokens=16,
             kv_cache_gib=0.005,
+            routes=True,
         )
     )
     if distributed.get_rank():

@@ -112,3 +112,27 @@ def assert_log_probabilities(reference: torch.nn.Module, completion: Completion,
     """Those of the reply are those of transformers."""
     expected = log_probabilities(reference, completion, temperature)
     torch.testing.assert_close(torch.tensor(completion.generation_log_probs), expected, atol=TOLERANCE, rtol=0)
+
+
+def assert_routes(reference: torch.nn.Module, completion: Completion) -> None:
+    """For every token that was read, and of each layer with experts: transformers would send it there as well.
+
+    That is, the experts' scores are the highest; of two that differ by rounding only, either will do.
+    """
+    scores: list[torch.Tensor] = []
+
+    def note(gate: Any, given: Any, made: Any) -> None:
+        scores.append(made[0].sigmoid() + gate.e_score_correction_bias)
+
+    gates = [module for name, module in reference.named_modules() if name.endswith(".gate")]
+    hooks = [gate.register_forward_hook(note) for gate in gates]
+    with torch.no_grad():
+        reference(torch.tensor([[*completion.prompt_token_ids, *completion.generation_token_ids[:-1]]]))
+    for hook in hooks:
+        hook.remove()
+    by_layer = torch.stack(scores, 1)
+    routes = torch.tensor(completion.moe_topk_indices)
+    assert routes.shape == (*by_layer.shape[:2], gates[0].top_k)
+    chosen = by_layer.gather(2, routes).sort(descending=True).values
+    torch.testing.assert_close(chosen, by_layer.topk(routes.shape[2]).values, atol=1e-5, rtol=0)
+    assert all(len({*experts}) == len(experts) for experts in routes.flatten(0, 1).tolist())

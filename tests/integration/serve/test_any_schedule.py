@@ -15,7 +15,7 @@ from megatron_klong.serve.flight import Flight
 from megatron_klong.serve.protocol import Completion, CompletionRequest
 from megatron_klong.serve.replica import Replica
 from tests.integration.serve.in_process import BLOCK, room_for, sampling
-from tests.integration.serve.served import VOCABULARY, assert_log_probabilities
+from tests.integration.serve.served import VOCABULARY, assert_log_probabilities, assert_routes
 
 STEPS = 100
 MOST = 12
@@ -59,7 +59,8 @@ class Schedule:
         beginning = chosen.choice(self.beginnings) if chosen.random() < 0.8 else []
         own = self.ids(chosen.choice((0, 0, 1, BLOCK - 1, BLOCK, BLOCK + 1, chosen.randint(1, 40))))
         prompt = tuple([*beginning, *own][: self.longest - 1]) or (1,)
-        return CompletionRequest(prompt_token_ids=prompt, max_tokens=chosen.randint(1, self.longest - len(prompt)))
+        most = chosen.randint(1, self.longest - len(prompt))
+        return CompletionRequest(prompt_token_ids=prompt, max_tokens=most, routes=True)
 
     async def play(self) -> None:
         for _ in range(STEPS):
@@ -110,7 +111,7 @@ class Schedule:
 @pytest.fixture(scope="module")
 def replica(weights: Path) -> Iterator[Replica]:
     """Whose model is used; its engine is idle meanwhile."""
-    with sampling(weights) as engine:
+    with sampling(weights, routes=True) as engine:
         assert engine._lockstep is not None
         yield engine._lockstep._replica
 
@@ -126,5 +127,10 @@ def test_every_request_ends_and_nothing_stays_held(
     allocator = schedule.replica._engine.context.kv_block_allocator
     kept = int(allocator.get_evictable_block_count()) if allocator.enable_prefix_caching else 0
     assert allocator.total_avail + kept == allocator.total_count - 1
+    assert [reply.moe_topk_indices is None for reply in schedule.done] == [
+        reply.num_evictions > 0 for reply in schedule.done
+    ]
     for reply in schedule.done[:: len(schedule.done) // 8 + 1]:
         assert_log_probabilities(reference, reply)
+        if not reply.num_evictions:
+            assert_routes(reference, reply)

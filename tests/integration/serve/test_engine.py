@@ -12,12 +12,27 @@ import httpx
 import pytest
 import torch
 
+from megatron_klong.model.build import build_model
+from megatron_klong.model.config import LayoutConfig
+from megatron_klong.model.hugging_face import save_hugging_face
+from megatron_klong.model.parallel import destroy, initialize
+from megatron_klong.model.presets import tiny
 from megatron_klong.serve.client import Client, ServerError
-from megatron_klong.serve.protocol import CompletionRequest
+from megatron_klong.serve.protocol import CompletionRequest, ProtocolError
 from megatron_klong.trajectory.tokenizer import Tokenizer
 from tests.conftest import REPOSITORY
 from tests.integration.serve.conftest import LONGEST, SLOTS
-from tests.integration.serve.served import Server, assert_log_probabilities, complete, prompts, serving
+from tests.integration.serve.in_process import sample, sampling
+from tests.integration.serve.served import (
+    LIMIT,
+    VOCABULARY,
+    Server,
+    assert_log_probabilities,
+    assert_routes,
+    complete,
+    prompts,
+    serving,
+)
 
 
 def running(server: Server) -> float:
@@ -115,25 +130,41 @@ def test_the_likeliest_are_told_with_each_token(server: Server, reference: torch
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_routes_are_those_the_model_takes(server: Server, weights: Path) -> None:
-    """For every token that was read, of each layer with experts; also where the prompt was found in the cache."""
+def test_routes_are_those_the_model_takes(server: Server, reference: torch.nn.Module) -> None:
+    """Also where the prompt was found in the cache."""
     [prompt] = prompts(60, seed=6)
     request = CompletionRequest(prompt_token_ids=prompt, max_tokens=10, seed=2, routes=True)
     first, again = (complete(server, [request])[0] for _ in range(2))
     assert again.cached_tokens > 0
-    config = json.loads((weights / "config.json").read_text())
-    for completion in (first, again):
-        routes = completion.moe_topk_indices
-        assert routes is not None
-        layers = config["num_hidden_layers"] - config["first_k_dense_replace"]
-        assert len(routes) == len(prompt) + len(completion.generation_token_ids) - 1
-        assert {len(token) for token in routes} == {layers}
-        assert {len(layer) for token in routes for layer in token} == {config["num_experts_per_tok"]}
-        assert all(0 <= expert < config["n_routed_experts"] for token in routes for layer in token for expert in layer)
-    assert [sorted(map(sorted, token)) for token in first.moe_topk_indices or ()] == [
-        sorted(map(sorted, token)) for token in again.moe_topk_indices or ()
-    ]
+    assert_routes(reference, first)
+    assert_routes(reference, again)
     assert complete(server, [request.model_copy(update={"routes": False})])[0].moe_topk_indices is None
+
+
+def test_a_layer_for_multi_token_prediction_takes_none(tmp_path: Path) -> None:
+    """As the published weights have one. One engine after the other in a process: each records its own."""
+    config = tiny(VOCABULARY).model_copy(update={"num_nextn_predict_layers": 1})
+    initialize(LayoutConfig(), seed=0)
+    save_hugging_face([build_model(config, LayoutConfig())], config, tmp_path)
+    destroy()
+    request = CompletionRequest(prompt_token_ids=(1, 2, 3), max_tokens=4, routes=True, temperature=0.0)
+    found = []
+    for _ in range(2):
+        with sampling(tmp_path, routes=True) as engine:
+            found += sample(engine, [request])
+    assert found[0] == found[1]
+    shape = {(len(token), *map(len, token)) for token in found[0].moe_topk_indices or ()}
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    assert shape == {(layers, *[config.num_experts_per_tok] * layers)}
+
+
+def test_what_is_too_long_is_refused_without_a_front_too(weights: Path) -> None:
+    request = CompletionRequest(prompt_token_ids=(1,) * LIMIT, max_tokens=1)
+    with (
+        sampling(weights) as engine,
+        pytest.raises(ProtocolError, match=f"above the maximum context length of {LIMIT}"),
+    ):
+        sample(engine, [request])
 
 
 @pytest.mark.parametrize("killed", ["the server", pytest.param("another rank", marks=pytest.mark.long)])

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_klong.model import load_megatron
 from megatron_klong.model.config import LayoutConfig
 from megatron_klong.model.conversion.import_checkpoint import import_checkpoint
-from megatron_klong.serve.protocol import CompletionRequest, RefitRequest
+from megatron_klong.serve.protocol import CompletionRequest, RefitRefused, RefitRequest
 from tests.integration.serve.in_process import sample, sampling
 from tests.integration.serve.served import (
     TOLERANCE,
@@ -134,12 +135,16 @@ def broken(weights: Path, folder: Path, how: str) -> Path:
             tensors = load_file(file)
             del tensors["lm_head.weight"]
             save_file(tensors, file, metadata={"format": "pt"})
+        case "no configuration":
+            (folder / "config.json").write_text("[]")
         case "another model":
             (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
     return folder
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "not finite", "a tensor short", "another model"])
+@pytest.mark.parametrize(
+    "how", ["missing", "truncated", "not finite", "a tensor short", "another model", "no configuration"]
+)
 def test_weights_that_cannot_be_taken_change_nothing(
     server: Server, other_weights: Path, reference: torch.nn.Module, tmp_path: Path, how: str
 ) -> None:
@@ -175,6 +180,27 @@ def test_a_policy_that_is_too_old_is_refused(server: Server) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", json=body)
     assert answer.status_code == 409
     assert f"policy {now} is served" in answer.json()["error"]["message"]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_changes_nothing(
+    weights: Path, other_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a trainer that keeps its newest few does it."""
+    import_checkpoint(other_weights, tmp_path / "checkpoint", LayoutConfig(), processes=1)
+    verify = load_megatron.verify_together
+
+    def verified_then_deleted(*arguments: Any, **named: Any) -> None:
+        verify(*arguments, **named)
+        for file in (tmp_path / "checkpoint").glob("*.distcp"):
+            file.unlink()
+
+    monkeypatch.setattr(load_megatron, "verify_together", verified_then_deleted)
+    request = CompletionRequest(prompt_token_ids=(1, 2, 3), max_tokens=8, temperature=0.0)
+    with sampling(weights) as engine:
+        before = sample(engine, [request])
+        with pytest.raises(RefitRefused, match=r"policy 0 is served on: .*No such file"):
+            asyncio.run(engine.refit(RefitRequest(weights=str(tmp_path / "checkpoint"))))
+        assert [one.generation_token_ids for one in sample(engine, [request])] == [before[0].generation_token_ids]
 
 
 def test_on_several_ranks_all_take_them_or_none(on_ranks: Mapping[str, Any]) -> None:

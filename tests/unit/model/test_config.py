@@ -132,6 +132,9 @@ def test_a_missing_or_impossible_field_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: not readable"):
         ModelConfig.from_hugging_face(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config\.json: not readable \(no JSON object\)"):
+        ModelConfig.from_hugging_face(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,17 @@
 Headers in bytes, which httpx takes and its types do not know, are why type errors are ignored.
 """
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
+from megatron_klong.serve import completions
 from megatron_klong.serve.protocol import (
     CHAT,
     COMPLETIONS,
@@ -116,6 +120,37 @@ def test_what_just_fits_is_taken(plain: str) -> None:
 )
 def test_a_malformed_chat_is_refused_with_the_field_and_the_cure(texts: str, body: Any, words: list[str]) -> None:
     refused(post(texts, body, CHAT), 400, *words)
+
+
+def test_too_many_replies_are_refused_before_anything_is_made_for_each(
+    plain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(completions, "copies", lambda *given: made.append(given) or [])
+    words = ["128000 replies in one body", "max_requests 32 and max_waiting 256"]
+    refused(post(plain, {**ASK, "prompt": [[1]] * 1000, "n": 128}), 400, *words)
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(COMPLETIONS, {"prompt": "x" * 70_000}), (CHAT, {"messages": [{**HELLO[0], "content": "x" * 70_000}]})],
+)
+def test_while_a_long_text_is_encoded_others_are_answered(path: str, body: dict[str, Any]) -> None:
+    encoding, others_are_answered = threading.Event(), threading.Event()
+
+    def encode(text: str) -> list[int]:
+        if len(text) > 1000:
+            encoding.set()
+            assert others_are_answered.wait(20)
+        return BYTES.encode(text)
+
+    with serving(scripted(), tokenizer=replace(BYTES, encode=encode)) as url, ThreadPoolExecutor() as pool:
+        long = pool.submit(post, url, body, path)
+        assert encoding.wait(20)
+        assert get(url, HEALTH).status_code == 200
+        others_are_answered.set()
+        refused(long.result(), 400, "too long")
 
 
 def test_chat_needs_a_tokenizer(plain: str) -> None:

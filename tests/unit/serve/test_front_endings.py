@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from megatron_klong.serve.interface import Load
 from megatron_klong.serve.protocol import (
     CHAT,
     COMPLETIONS,
@@ -113,6 +114,27 @@ def test_a_full_server_says_when_to_come_back() -> None:
         engine.let()
         assert post(url, ASK).status_code == 200
         assert answers(url, COMPLETIONS, 429) == 1
+
+
+def test_every_replica_has_its_places() -> None:
+    engine = scripted(lambda request: LONG, held=True)
+    engine.loads = [Load()] * 3
+    with serving(engine, **FULL) as url, asking(url, COMPLETIONS, {**ASK, "n": 4}):
+        eventually(lambda: len(engine.asked) == 4)
+        words = "4 requests are in flight already, of max_requests 1 on each of 3 replicas and max_waiting 1"
+        full = post(url, ASK)
+        assert (full.status_code, words in full.json()["error"]["message"]) == (429, True)
+
+
+def test_a_client_that_stops_reading_is_left() -> None:
+    engine = scripted(lambda request: [5] * 4000)
+    with serving(engine, body_seconds=1, **FULL) as url:
+        body = {"prompt": [1], "max_tokens": 4000, "n": 2, "stream": True, "logprobs": 20}
+        with asking(url, COMPLETIONS, body) as wire:
+            read_until(wire, b"data: ")
+            eventually(lambda: in_flight(url) == 0)
+            assert post(url, ASK).status_code == 200
+            assert answers(url, COMPLETIONS, 499) == 1
 
 
 def leaves(url: str, body: dict[str, Any]) -> None:
