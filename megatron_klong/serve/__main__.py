@@ -26,7 +26,7 @@ from megatron_klong.config import ConfigError, parse_command_line
 from megatron_klong.model.checkpoint_folder import MANIFEST
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.processes import end_with_launcher
-from megatron_klong.serve.app import Front
+from megatron_klong.serve.app import Front, listen
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Engine
 from megatron_klong.serve.protocol import EngineStopped
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 def _serve(config: ServeConfig, announcements: IO[str]) -> int:
     # taken before the weights are read, so that a port in use is known at once
-    listener = socket.create_server((config.host, config.port), backlog=1024)
+    listener = listen(config)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     token = _token(config)
     engine = _engine(config, tokenizer)

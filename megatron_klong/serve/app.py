@@ -17,6 +17,8 @@ wrong in the middle of a streamed reply is its last event, with the status above
 import asyncio
 import hmac
 import json
+import math
+import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from megatron_klong.serve.chat import ChatCompletions
 from megatron_klong.serve.completions import TextCompletions, characters
@@ -270,8 +272,7 @@ class Front:
             self._metrics.answered(request.url.path, outcome.status)
             await stream.aclose()
 
-        events = self._events(asked, first, stream, started, outcome)
-        return _Events(events, ended, seconds=self._config.body_seconds)
+        return _Events(self._events(asked, first, stream, started, outcome), ended)
 
     async def _events(
         self, asked: Asked, first: Piece, stream: AsyncGenerator[Piece], started: float, outcome: "_Outcome"
@@ -287,6 +288,7 @@ class Front:
             yield written(first)
             async for piece in stream:
                 yield written(piece)
+                await asyncio.sleep(0)  # or, where many pieces lie ready, that the client left is seen at their end
         except Exception as error:  # the status line is out already
             outcome.status = _status(error)
             yield _event(_error_body(outcome.status, str(error)))
@@ -323,6 +325,17 @@ class Front:
             )
 
 
+def listen(config: ServeConfig) -> socket.socket:
+    """Where the server is to listen. A connection that takes nothing of a reply for `body_seconds` is ended.
+
+    By the kernel, which alone knows what was taken; otherwise a client that stops reading holds its place for ever.
+    """
+    listener = socket.create_server((config.host, config.port), backlog=1024)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.body_seconds * 1000))
+    return listener
+
+
 @dataclass
 class _Outcome:
     """What metrics count of a stream."""
@@ -331,26 +344,16 @@ class _Outcome:
 
 
 class _Events(StreamingResponse):
-    """What is streamed. `ended` is called however it ends, even if it never began.
+    """What is streamed. `ended` is called however it ends, even if it never began."""
 
-    A client that takes nothing for `seconds`, while there is more than sockets hold, has left, as far as we care.
-    """
-
-    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], Awaitable[None]], *, seconds: float) -> None:
+    def __init__(self, events: AsyncGenerator[str], ended: Callable[[], Awaitable[None]]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self._events = events
         self._ended = ended
-        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def taken(message: Message) -> None:
-            async with asyncio.timeout(self._seconds):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, taken)
-        except TimeoutError:
-            pass  # the server logs that the reply is not whole, and closes the connection
+            await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
             await self._ended()

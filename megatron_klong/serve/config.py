@@ -66,6 +66,6 @@ class ServeConfig(EngineConfig):
     max_body_mib: float = Field(default=16, gt=0)
     """Larger requests are answered with 413."""
     body_seconds: float = Field(default=30, gt=0)
-    """A request must have arrived within so long, else 408; and a piece of a streamed reply be taken, else it ends."""
+    """A request must have arrived within so long, else 408; who takes nothing of a reply for so long is cut off."""
     drain_seconds: int = Field(default=5, ge=0)
     """When stopped, how long requests in flight may take to finish."""

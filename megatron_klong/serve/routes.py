@@ -6,7 +6,8 @@ that has finished after its blocks were given to others in the very step; and ea
 layers only.
 
 Always (tests/integration/serve: test_engine.py, test_layouts.py): the routes of a reply are those the model takes, of
-all its layers, whatever else is in flight; there are none where a reply was read anew in between.
+all its layers, whatever else is in flight; there are none where a reply was read anew in between, or was
+ended from outside: by a stop string, a deadline.
 """
 
 from typing import Any

@@ -11,6 +11,7 @@ from torch import distributed
 
 from megatron_klong.model.build import build_model
 from megatron_klong.model.config import LayoutConfig, ModelConfig
+from megatron_klong.model.conversion.import_checkpoint import import_checkpoint
 from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.parallel import destroy, initialize
 from megatron_klong.model.presets import tiny
@@ -125,8 +126,9 @@ def on_ranks(
     groups = [REQUESTS + seeded, REQUESTS * 2 + seeded]
     asked = [[request.model_dump(mode="json") for request in group] for group in groups]
     (folder / "asked.json").write_text(json.dumps([LAYOUTS, asked]))
-    script, files = Path(__file__).with_name("on_ranks.py"), (folder / "asked.json", folder / "found.json")
-    launch(script, str(weights), str(other_weights), *map(str, files), processes=2)
+    import_checkpoint(other_weights, folder / "checkpoint", LayoutConfig(), processes=2)
+    files = (weights, other_weights, folder / "checkpoint", folder / "asked.json", folder / "found.json")
+    launch(Path(__file__).with_name("on_ranks.py"), *map(str, files), processes=2)
     found = json.loads((folder / "found.json").read_text())
     return {
         layout: [[Completion.model_validate_json(json.dumps(one)) for one in group] for group in groups]

@@ -27,12 +27,12 @@ from megatron_klong.serve.protocol import Completion, CompletionRequest
 from tests.integration.serve import refit_on_ranks
 
 
-def main(weights: str, other: str, asked: str, found: str) -> None:
-    """asked: layouts by name, and groups of requests that are sent at once."""
+def main(weights: str, other: str, checkpoint: str, asked: str, found: str) -> None:
+    """checkpoint: of other.  asked: layouts by name, and groups of requests that are sent at once."""
     layouts, groups = json.loads(Path(asked).read_text())
     layout = LayoutConfig(tensor_parallel=2)
     initialize(layout, seed=0)
-    refit_on_ranks.check(weights, other, layout)
+    refit_on_ranks.check(weights, other, checkpoint, layout)
     replies = {name: answers(weights, LayoutConfig(**fields), groups) for name, fields in layouts.items()}
     if distributed.get_rank() == 0:
         Path(found).write_text(json.dumps(replies))

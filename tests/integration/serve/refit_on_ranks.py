@@ -4,7 +4,9 @@ And it does so under an engine that runs beside the model whose weights it takes
 """
 
 import asyncio
+import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import megatron_klong.model.megatron_ready  # noqa: F401
@@ -14,7 +16,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import distributed
 
+from megatron_klong.model import load_megatron
 from megatron_klong.model.build import build_model
+from megatron_klong.model.checkpoint_folder import CheckpointFolder
 from megatron_klong.model.config import LayoutConfig, ModelConfig
 from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.serve import refit
@@ -23,7 +27,8 @@ from megatron_klong.serve.engine import MegatronEngine
 from megatron_klong.serve.protocol import CompletionRequest, RefitRequest
 
 
-def check(weights: str, other: str, layout: LayoutConfig) -> None:
+def check(weights: str, other: str, checkpoint: str, layout: LayoutConfig) -> None:
+    """checkpoint: of the other weights, by two processes."""
     config = ModelConfig.from_hugging_face(weights)
     group = distributed.group.WORLD
     served, source = build_model(config, layout), build_model(config, layout)
@@ -45,6 +50,11 @@ def check(weights: str, other: str, layout: LayoutConfig) -> None:
     assert faults == ["OSError: the disk went away"]
     assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
 
+    for after_checksums in (False, True):
+        fault = lose_a_file(served, config, Path(checkpoint), after_checksums=after_checksums)
+        assert "__1_0.distcp" in fault
+    assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
+
     refit.replace_from_model(served, source, group=group)
     after = state(served)
     assert all(torch.equal(now, wanted) for now, wanted in zip(after, state(source), strict=True))
@@ -53,6 +63,32 @@ def check(weights: str, other: str, layout: LayoutConfig) -> None:
     assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
     beside(source, weights, other, layout)
     assert all(torch.equal(now, then) for now, then in zip(state(source), after, strict=True))
+
+
+def lose_a_file(served: GPTModel, config: ModelConfig, checkpoint: Path, *, after_checksums: bool) -> str:
+    """A trainer deletes a checkpoint while it is read, which not every process meets. The fault that is raised."""
+    folder, rank = checkpoint.with_name(f"lost-{after_checksums}"), distributed.get_rank()
+    if rank == 0:
+        shutil.copytree(checkpoint, folder)
+    distributed.barrier()
+    changed = load_megatron.changed
+
+    def changed_meanwhile(found: CheckpointFolder, names: Sequence[str]) -> list[str]:
+        before = changed(found, names) if after_checksums else []
+        distributed.barrier()
+        if rank == 0:
+            (folder / "__1_0.distcp").unlink()
+        distributed.barrier()
+        return before if after_checksums else changed(found, names)
+
+    load_megatron.changed = changed_meanwhile
+    try:
+        refit.replace_from_folder(served, config, folder, group=distributed.group.WORLD)
+    except refit.RefitError as error:
+        return str(error)
+    finally:
+        load_megatron.changed = changed
+    return "none"
 
 
 def beside(source: GPTModel, weights: str, other: str, layout: LayoutConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from megatron_klong.serve.app import Front
+from megatron_klong.serve.app import Front, listen
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Engine, Load, Progress
 from megatron_klong.serve.protocol import (
@@ -30,7 +30,6 @@ from megatron_klong.serve.protocol import (
 )
 from megatron_klong.serve.stop_strings import StopStrings
 from megatron_klong.trajectory.tokenizer import Tokenizer
-from tests.ports import free_port
 
 type Reply = Sequence[int | Exception] | Exception
 """Ids, as far as the first exception; the engine ends a reply before its end where a request says so."""
@@ -225,20 +224,21 @@ def serving(
     **settings: Any,
 ) -> Iterator[str]:
     """The address of a server of this engine; settings: of its ServeConfig, as is tokenizer_file."""
-    settings = {"tokenizer": tokenizer_file} | settings
-    front = Front(ServeConfig(**{"weights": "none"} | settings), engine, tokenizer=tokenizer, token=token)
-    config = uvicorn.Config(front.app(), port=free_port(), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    config = ServeConfig(**{"weights": "none", "tokenizer": tokenizer_file} | settings)
+    app = Front(config, engine, tokenizer=tokenizer, token=token).app()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
+    listener = listen(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         eventually(lambda: server.started)
-        yield f"http://127.0.0.1:{config.port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         engine.stop()
         server.should_exit = True
         thread.join(_SECONDS)
         assert not thread.is_alive()
+        listener.close()
 
 
 def post(url: str, body: Any, path: str = COMPLETIONS, **headers: str) -> httpx.Response:

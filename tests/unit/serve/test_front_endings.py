@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,14 +128,30 @@ def test_every_replica_has_its_places() -> None:
 
 
 def test_a_client_that_stops_reading_is_left() -> None:
-    engine = scripted(lambda request: [5] * 4000)
-    with serving(engine, body_seconds=1, **FULL) as url:
-        body = {"prompt": [1], "max_tokens": 4000, "n": 2, "stream": True, "logprobs": 20}
+    tokens = 60_000  # some 30 MB: more than any socket holds
+    engine = scripted(lambda request: [5] * request.max_tokens)
+    with serving(engine, body_seconds=1, max_sequence_length=tokens + 1, max_requests=1, max_waiting=0) as url:
+        body = {"prompt": [1], "max_tokens": tokens, "stream": True, "logprobs": 20}
         with asking(url, COMPLETIONS, body) as wire:
             read_until(wire, b"data: ")
             eventually(lambda: in_flight(url) == 0)
             assert post(url, ASK).status_code == 200
             assert answers(url, COMPLETIONS, 499) == 1
+            with pytest.raises(ConnectionResetError):  # its connection is no more
+                read_until(wire, b"[DONE]")
+
+
+def test_a_client_that_reads_slowly_gets_all_of_it() -> None:
+    engine = scripted(lambda request: [5] * request.max_tokens)
+    with serving(engine, body_seconds=1, max_sequence_length=20_001) as url:
+        body = {"prompt": [1], "max_tokens": 20_000, "stream": True, "logprobs": 20}
+        with asking(url, COMPLETIONS, body) as wire:
+            seen, started = b"", time.monotonic()
+            while not seen.endswith(b"0\r\n\r\n"):  # the last chunk
+                if time.monotonic() - started < 3:
+                    time.sleep(0.1)
+                seen = seen[-99:] + wire.recv(1 << 16)
+        eventually(lambda: answers(url, COMPLETIONS, 200) == 1)
 
 
 def leaves(url: str, body: dict[str, Any]) -> None:
