@@ -18,7 +18,7 @@ from torch import distributed
 
 from megatron_klong.model.checkpoint_folder import MANIFEST, read_checkpoint
 from megatron_klong.model.config import ModelConfig
-from megatron_klong.model.hugging_face import WeightsError, load_hugging_face
+from megatron_klong.model.hugging_face import load_hugging_face
 from megatron_klong.model.load_megatron import load_megatron
 
 _SHAPE = (
@@ -39,21 +39,20 @@ def model_config(folder: Path) -> ModelConfig:
 
 def load(model: GPTModel, config: ModelConfig, folder: Path) -> None:
     """Fill the model from either format; all processes call this. Raises WeightsError, CheckpointError."""
-    if _is_checkpoint(folder):
-        load_megatron([model], config, folder)
-    else:
-        load_hugging_face([model], config, folder)
+    _reader(folder)([model], config, folder)
 
 
 def replace_from_folder(model: GPTModel, config: ModelConfig, folder: Path, *, group: Any) -> None:
     """Read other weights of the same architecture; all processes call this. Raises RefitError on each of them."""
-
-    def read() -> None:
+    read = _reader(folder)
+    fault: str | None = None
+    try:
         if difference := model_config(folder).difference(config):
-            raise WeightsError(f"{folder}: of another model than the one served ({difference})")
-        load(model, config, folder)
-
-    _all_or_nothing(model, read, group)
+            fault = f"{folder}: of another model than the one served ({difference})"
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    _refuse(fault, group)  # or, if only some found that out, they would not take part in what all do to read
+    _all_or_nothing(model, lambda: read([model], config, folder), group)
 
 
 def replace_from_model(model: GPTModel, source: GPTModel | None, *, group: Any) -> None:
@@ -63,9 +62,7 @@ def replace_from_model(model: GPTModel, source: GPTModel | None, *, group: Any) 
     """
     # found out before anything is sent, or one process would wait for what another one never sends
     differences = [] if source is None else [name for name in _SHAPE if _differ(source.config, model.config, name)]
-    fault = f"weights of another model than the one served ({', '.join(differences)})" if differences else None
-    if faults := [found for found in _of_all(fault, group) if found is not None]:
-        raise RefitError(faults[0])
+    _refuse(f"weights of another model than the one served ({', '.join(differences)})" if differences else None, group)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         _all_or_nothing(model, lambda: swap_model_weights(source, model, backend), group)
@@ -95,16 +92,24 @@ def _all_or_nothing(model: GPTModel, replace: Callable[[], None], group: Any) ->
             fault = "the weights hold numbers that are not finite"
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-    if faults := [found for found in _of_all(fault, group) if found is not None]:
+    try:
+        _refuse(fault, group)
+    except RefitError:
         for tensor, before in zip((*model.parameters(), *model.buffers()), held, strict=True):
             tensor.copy_(before)
+        raise
+
+
+def _refuse(fault: str | None, group: Any) -> None:
+    """Raises RefitError on every process if one of them has found a fault."""
+    found: list[str | None] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, fault, group=group)
+    if faults := [one for one in found if one is not None]:
         raise RefitError(faults[0])
 
 
-def _of_all(fault: str | None, group: Any) -> Sequence[str | None]:
-    found: list[str | None] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, fault, group=group)
-    return found
+def _reader(folder: Path) -> Callable[[Sequence[GPTModel], ModelConfig, Path], None]:
+    return load_megatron if _is_checkpoint(folder) else load_hugging_face
 
 
 def _is_checkpoint(folder: Path) -> bool:

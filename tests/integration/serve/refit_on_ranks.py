@@ -51,8 +51,8 @@ def check(weights: str, other: str, checkpoint: str, layout: LayoutConfig) -> No
     assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
 
     for after_checksums in (False, True):
-        fault = lose_a_file(served, config, Path(checkpoint), after_checksums=after_checksums)
-        assert "__1_0.distcp" in fault
+        assert "__1_0.distcp" in lose_a_file(served, config, Path(checkpoint), after_checksums=after_checksums)
+    assert "the manifest is gone" in lose_the_manifest(served, config, Path(checkpoint))
     assert all(torch.equal(now, then) for now, then in zip(state(served), before, strict=True))
 
     refit.replace_from_model(served, source, group=group)
@@ -83,11 +83,32 @@ def lose_a_file(served: GPTModel, config: ModelConfig, checkpoint: Path, *, afte
 
     load_megatron.changed = changed_meanwhile
     try:
+        return fault(served, config, folder)
+    finally:
+        load_megatron.changed = changed
+
+
+def lose_the_manifest(served: GPTModel, config: ModelConfig, checkpoint: Path) -> str:
+    """Which one process finds no more. The fault that is raised."""
+    known = refit.model_config
+
+    def lost(folder: Path) -> ModelConfig:
+        if distributed.get_rank() == 1:
+            raise FileNotFoundError("the manifest is gone")
+        return known(folder)
+
+    refit.model_config = lost
+    try:
+        return fault(served, config, checkpoint)
+    finally:
+        refit.model_config = known
+
+
+def fault(served: GPTModel, config: ModelConfig, folder: Path) -> str:
+    try:
         refit.replace_from_folder(served, config, folder, group=distributed.group.WORLD)
     except refit.RefitError as error:
         return str(error)
-    finally:
-        load_megatron.changed = changed
     return "none"
 
 
