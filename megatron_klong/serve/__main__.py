@@ -26,9 +26,10 @@ from megatron_klong.config import ConfigError, parse_command_line
 from megatron_klong.model.checkpoint_folder import MANIFEST
 from megatron_klong.model.config import ModelConfig
 from megatron_klong.processes import end_with_launcher
-from megatron_klong.serve.app import Front, listen
+from megatron_klong.serve.app import Front
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Engine
+from megatron_klong.serve.listener import listen
 from megatron_klong.serve.protocol import EngineStopped
 from megatron_klong.trajectory.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 

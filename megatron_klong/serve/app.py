@@ -17,8 +17,6 @@ wrong in the middle of a streamed reply is its last event, with the status above
 import asyncio
 import hmac
 import json
-import math
-import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,13 +55,13 @@ from megatron_klong.serve.protocol import (
     validated,
 )
 from megatron_klong.serve.streams import Piece, pieces, replies
+from megatron_klong.serve.waiting import encoded, unless_gone
 from megatron_klong.serve.wire import read_json
 from megatron_klong.trajectory.tokenizer import Tokenizer
 
 _RETRY_AFTER_SECONDS = 1
 _GONE = 499  # nobody reads the answer
 _MIB = 1 << 20
-_MUCH_TEXT = 1 << 16  # characters, which take some 40 ms to encode
 _STATUS: Mapping[type[Exception], int] = {
     ReplyError: 502,  # is a ProtocolError, but of the engine: the fault is not the client's
     ProtocolError: 400,
@@ -123,7 +121,7 @@ class Front:
             tokenizer=self._tokenizer,
             check_count=self._check_count,
         )
-        return await self._answer(request, await _encoded(read, characters(body)))
+        return await self._answer(request, await encoded(read, characters(body)))
 
     async def chat(self, request: Request) -> Response:
         content = await self._body(request)
@@ -138,7 +136,7 @@ class Front:
             tokenizer=self._tokenizer,
             longest=self._config.max_sequence_length,
         )
-        return await self._answer(request, await _encoded(read, len(content)))
+        return await self._answer(request, await encoded(read, len(content)))
 
     async def refit(self, request: Request) -> Response:
         asked = validated(RefitRequest, dict(read_json(await self._body(request))))
@@ -228,7 +226,7 @@ class Front:
         if asked.delivery.stream:
             return await self._stream(request, asked, started)
         try:
-            completions = await _unless_gone(request, replies(self._engine, asked.requests))
+            completions = await unless_gone(request, replies(self._engine, asked.requests))
         finally:
             self._in_flight -= len(asked.requests)
         self._metrics.finished(completions, time.monotonic() - started)
@@ -260,7 +258,7 @@ class Front:
         """The first piece is waited for, so that what goes wrong before it has a status of its own."""
         stream = pieces(self._engine, asked.requests)
         try:
-            first = await _unless_gone(request, anext(stream))
+            first = await unless_gone(request, anext(stream))
         except BaseException:
             self._in_flight -= len(asked.requests)
             await stream.aclose()
@@ -325,17 +323,6 @@ class Front:
             )
 
 
-def listen(config: ServeConfig) -> socket.socket:
-    """Where the server is to listen. A connection that takes nothing of a reply for `body_seconds` is ended.
-
-    By the kernel, which alone knows what was taken; otherwise a client that stops reading holds its place for ever.
-    """
-    listener = socket.create_server((config.host, config.port), backlog=1024)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; connections inherit it
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(config.body_seconds * 1000))
-    return listener
-
-
 @dataclass
 class _Outcome:
     """What metrics count of a stream."""
@@ -357,33 +344,6 @@ class _Events(StreamingResponse):
         finally:
             await self._events.aclose()
             await self._ended()
-
-
-async def _encoded[Result](read: Callable[[], Result], characters: int) -> Result:
-    """What `read` makes of a body; in a thread where there is so much text that others would wait for it.
-
-    Only there, so that requests of token ids, and short ones, reach the engine in the order in which they came.
-    """
-    return await asyncio.to_thread(read) if characters > _MUCH_TEXT else read()
-
-
-async def _unless_gone[Result](request: Request, work: Awaitable[Result]) -> Result:
-    """What is worked out; if the client leaves first, that is cancelled. Raises ClientDisconnect."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _status(error: Exception) -> int:

@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import uvicorn
 
-from megatron_klong.serve.app import Front, listen
+from megatron_klong.serve.app import Front
 from megatron_klong.serve.config import ServeConfig
 from megatron_klong.serve.interface import Engine, Load, Progress
+from megatron_klong.serve.listener import listen
 from megatron_klong.serve.protocol import (
     COMPLETIONS,
     Completion,
