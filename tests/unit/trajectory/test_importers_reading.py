@@ -137,7 +137,9 @@ def test_a_damaged_packed_file_gives_what_is_before_the_damage(
     assert "damaged" in last.detail
     if damage == "cut":
         assert 1 <= len(rows) < 6
-    assert all(isinstance(row, Transcript) for row in rows)
+        assert all(isinstance(row, Transcript) for row in rows)
+    else:  # what is changed comes out as something, whatever that is, until the checksum tells
+        assert [type(row) for row in rows[:2]] == [Transcript, Transcript]
 
 
 def test_a_cut_list_keeps_the_rows_before_the_cut(tmp_path: Path) -> None:
