@@ -9,6 +9,7 @@ output is.
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -70,7 +71,13 @@ async def _collect(
 
 async def _episodes(job: Job, output: Path) -> AsyncGenerator[FinishedEpisode]:
     """Start a worker and yield what it finishes."""
-    expected = len(job.episodes)
+    expected, parent = len(job.episodes), os.getpid()
+
+    def end_with_us() -> None:
+        end_with_parent()
+        if os.getppid() != parent:  # we were killed before that call
+            os._exit(1)
+
     with output.open("wb") as printed:
         worker = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -80,7 +87,7 @@ async def _episodes(job: Job, output: Path) -> AsyncGenerator[FinishedEpisode]:
             stdout=PIPE,
             stderr=printed,
             start_new_session=True,  # Ctrl-C reaches it from here, once
-            preexec_fn=end_with_parent,  # not in the worker: its imports take seconds, in which we may be gone
+            preexec_fn=end_with_us,  # not in the worker: its imports take seconds, in which we may be gone
         )
         assert worker.stdin is not None
         assert worker.stdout is not None
