@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1
@@ -15,12 +16,15 @@ _LIBC = ctypes.CDLL(None)
 ANCESTOR = "KLONG_ANCESTOR"  # process id, on this machine, without which a program has no reason to run
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when the thread that started it is gone, however that happens.
 
-    A parent that went before this was called is not noticed; where ANCESTOR is set, its end is.
+    parent: its process id. Without that, a parent that went before this was called is not noticed; where ANCESTOR is
+    set, its end is.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
     ancestor = os.environ.get(ANCESTOR)
     if ancestor and not os.path.exists(f"/proc/{ancestor}"):
         os._exit(1)
@@ -43,7 +47,7 @@ def start(
         stderr=errors,
         env={**os.environ, **environment},
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=partial(end_with_parent, os.getpid()),
     )
 
 

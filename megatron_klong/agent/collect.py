@@ -14,6 +14,7 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -71,13 +72,7 @@ async def _collect(
 
 async def _episodes(job: Job, output: Path) -> AsyncGenerator[FinishedEpisode]:
     """Start a worker and yield what it finishes."""
-    expected, parent = len(job.episodes), os.getpid()
-
-    def end_with_us() -> None:
-        end_with_parent()
-        if os.getppid() != parent:  # we were killed before that call
-            os._exit(1)
-
+    expected = len(job.episodes)
     with output.open("wb") as printed:
         worker = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -87,7 +82,8 @@ async def _episodes(job: Job, output: Path) -> AsyncGenerator[FinishedEpisode]:
             stdout=PIPE,
             stderr=printed,
             start_new_session=True,  # Ctrl-C reaches it from here, once
-            preexec_fn=end_with_us,  # not in the worker: its imports take seconds, in which we may be gone
+            # not in the worker: its imports take seconds, in which we may be gone
+            preexec_fn=partial(end_with_parent, os.getpid()),
         )
         assert worker.stdin is not None
         assert worker.stdout is not None

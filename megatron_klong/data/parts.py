@@ -166,9 +166,7 @@ _maker: PartMaker | None = None
 
 def _start_worker(parent: int, tokenizer_path: str, sha256: str, settings: Settings) -> None:
     global _maker
-    end_with_parent()
-    if os.getppid() != parent:  # it was killed before that call, and would be waited for without end
-        os._exit(1)
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent says when to end
     _maker = PartMaker(_renderer_again(tokenizer_path, sha256, settings), settings)
 

@@ -119,9 +119,7 @@ class _StoppedError(Exception):
 
 def _start_worker(parent: int, done: Any, stop: Any) -> None:
     global _done, _stop
-    end_with_parent()
-    if os.getppid() != parent:  # it was killed before that call
-        os._exit(1)
+    end_with_parent(parent)
     one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent says when to end
     _done, _stop = done, stop

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -217,7 +218,7 @@ class EgressProxy:
                 cwd="/",
                 env=_environment(),  # of the runner's own as little as can be: it holds secrets
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
         assert self._process.stdout is not None, "it is a pipe"
         reading = asyncio.get_running_loop().run_in_executor(None, self._process.stdout.readline)

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import megatron_klong.model.megatron_ready  # noqa: F401
 
@@ -81,11 +82,8 @@ def lose_a_file(served: GPTModel, config: ModelConfig, checkpoint: Path, *, afte
         distributed.barrier()
         return before if after_checksums else changed(found, names)
 
-    load_megatron.changed = changed_meanwhile
-    try:
+    with patch.object(load_megatron, "changed", changed_meanwhile):
         return fault(served, config, folder)
-    finally:
-        load_megatron.changed = changed
 
 
 def lose_the_manifest(served: GPTModel, config: ModelConfig, checkpoint: Path) -> str:
@@ -97,11 +95,8 @@ def lose_the_manifest(served: GPTModel, config: ModelConfig, checkpoint: Path) -
             raise FileNotFoundError("the manifest is gone")
         return known(folder)
 
-    refit.model_config = lost
-    try:
+    with patch.object(refit, "model_config", lost):
         return fault(served, config, checkpoint)
-    finally:
-        refit.model_config = known
 
 
 def fault(served: GPTModel, config: ModelConfig, folder: Path) -> str:
